@@ -1,0 +1,494 @@
+"""The configuration of a run: frozen classes, one docstring a field, checked when made.
+
+A YAML file may begin with `extends: other.yaml` (a path beside it, or a list of them): mappings merge key by key,
+anything else replaces. The command line overrides the file: `--train.epochs 3`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from metatrain import storage
+from metatrain.errors import ConfigError
+
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NotNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, no unknown keys, fields documented by the docstring under each."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+# --- prepare -------------------------------------------------------------------------------------------------------
+
+
+class UserSplit(Section):
+    """How users (task keys) go to training, validation and test."""
+
+    by: Literal["hash", "time", "given"] = "hash"
+    """hash: by a hash of the key and `salt`; time: users whose first event is latest are test, before them validation;
+    given: as `column` of the user table, or the two-column file `file`, says (train, validation or test)."""
+    validation: Fraction = 0.1
+    """Share of users for validation (hash and time)."""
+    test: Fraction = 0.2
+    """Share of users for test (hash and time)."""
+    salt: str = "users"
+    """Another salt is another draw of the hash split."""
+    column: str | None = None
+    """User column that names each key's split, for `given`."""
+    file: str | None = None
+    """CSV with the header `key,split`, for `given`."""
+
+
+class ItemSplit(Section):
+    """Which items are new: held out of training with all their events."""
+
+    by: Literal["none", "hash", "time", "given"] = "none"
+    """none: no item is new; hash: by a hash of the key; time: items whose first event is latest, or, with `column`,
+    those whose value is above `after`; given: as `column` or `file` says (existing or new)."""
+    new: Fraction = 0.2
+    """Share of items that are new (hash and time without a column)."""
+    salt: str = "items"
+    """Another salt is another draw of the hash split."""
+    column: str | None = None
+    """Item column: compared with `after` (time), or naming the split (given)."""
+    after: float | None = None
+    """Items whose `column` is greater than this are new, for `time`."""
+    file: str | None = None
+    """CSV with the header `key,split`, for `given`."""
+
+
+class Synthetic(Section):
+    """The synthetic log: users with latent tastes over items with latent factors, and noise of known size."""
+
+    users: Positive = 1000
+    """Number of users."""
+    items: Positive = 500
+    """Number of items."""
+    events_per_user: Positive = 30
+    """Mean number of events a user (at least 5 each)."""
+    rank: Positive = 4
+    """Dimension of tastes and factors."""
+    noise: NotNegativeFloat = 0.5
+    """Standard deviation of a rating's noise: the Bayes-optimal error of a rating."""
+    label: Literal["rating", "click"] = "rating"
+    """Real-valued ratings, or clicks drawn with the logistic of the rating."""
+    seed: int = 0
+    """Seed of everything drawn."""
+    users_per_shard: Positive = 10_000
+    """Users made at a time."""
+
+
+class Columns(Section):
+    """Columns of a generic event log, and how its features are read. See docs/configuration.md for an example."""
+
+    task: str = "user_id"
+    """Column of the task's key (the user)."""
+    item: str = "item_id"
+    """Column of the item's key."""
+    label: str | None = "label"
+    """Column of the label; null: every event is a click of 1."""
+    timestamp: str = "timestamp"
+    """Column of the time: seconds, milliseconds, or an ISO 8601 text."""
+
+
+class FeatureSource(Section):
+    """A feature to read from a raw table."""
+
+    name: str
+    """Column in the raw table, and the feature's name."""
+    level: Literal["task", "item", "event"]
+    """The table that holds it: users (task), items, or events."""
+    kind: Literal["categorical", "multi", "numeric", "vector"]
+    """How it is stored and embedded."""
+    width: Positive = 16
+    """Embedding width (categorical, multi), or the vector's length."""
+    table: str | None = None
+    """Embedding table; features naming the same one share it and its vocabulary. Default: the feature's name."""
+    buckets: Positive | None = None
+    """Hash ids into this many buckets, in place of a vocabulary."""
+    separator: str | None = "|"
+    """Between the values of a multi-valued feature stored as text."""
+
+
+class PrepareConfig(Section):
+    """From a raw log to a task dataset."""
+
+    source: str | None = None
+    """movielens-100k, movielens-1m, movielens (any layout, with `path`), netflix, events, or synthetic."""
+    path: str | None = None
+    """Where the raw files are: a file, folder, zip, URL or pattern. Default: download, where the source can."""
+    extras: str | None = None
+    """MovieLens-1M: `movies_extrainfos.dat` or a zip of it: year, certificate, directors, actors."""
+    users: str | None = None
+    """events: the table of users (Parquet, CSV or JSON lines), with the task column as key."""
+    items: str | None = None
+    """events: the table of items, with the item column as key; its column `title`, where there is one, is shown."""
+    columns: Columns = Columns()
+    """events: which columns hold what."""
+    features: tuple[FeatureSource, ...] = ()
+    """events: features to read; for the other sources, empty means all that the source has."""
+    label: Literal["rating", "click"] = "rating"
+    """What labels are. For clicks of a rated source, see `click_threshold`."""
+    click_threshold: float | None = None
+    """With `label: click`: ratings of at least this become 1, others 0. Null: labels are 0 or 1 already."""
+    item_width: Positive = 32
+    """Embedding width of the item's own id."""
+    feature_width: Positive = 16
+    """Embedding width of the sources' own features (MovieLens, Netflix, synthetic)."""
+    min_events: Positive = 5
+    """Users with fewer events are left out, and counted."""
+    max_events: Positive = 10_000
+    """Of a user's events beyond this many the oldest are left out, and counted."""
+    row_group_tasks: Positive | None = None
+    """Tasks in a row group, the unit of reading. Default: by the dataset's size, 16 to 1024."""
+    shards: Positive | None = None
+    """Hash partitions, each a file a split. Default: by the number of events."""
+    skip_bad_rows: bool = False
+    """Count and skip rows that cannot be parsed, in place of an error."""
+    user_split: UserSplit = UserSplit()
+    """Users: training, validation, test."""
+    item_split: ItemSplit = ItemSplit()
+    """Items: existing, new."""
+    synthetic: Synthetic = Synthetic()
+    """Settings of the synthetic source."""
+
+
+# --- data ----------------------------------------------------------------------------------------------------------
+
+
+class EpisodeConfig(Section):
+    """How a task's events become support and query. A task with fewer than `support_min` + `query_min` events is
+    skipped, and counted."""
+
+    by: Literal["time", "random"] = "time"
+    """time: the query is later than the support; random: the query is drawn at random."""
+    cut: Literal["last", "uniform"] = "last"
+    """By time: the query is the last events (last), or begins at a point drawn for each task and epoch (uniform)."""
+    support_min: NotNegative = 1
+    """Fewest support events."""
+    support_max: Positive = 64
+    """Most support events: by time, the latest before the query; at random, a draw."""
+    query_min: Positive = 1
+    """Fewest query events."""
+    query_max: Positive = 10
+    """Most query events."""
+    events_min: Positive = 1
+    """Fewest events a task may have (within the partition)."""
+    events_max: Positive = 1_000_000_000
+    """Most events a task may have (within the partition)."""
+
+
+class DataConfig(Section):
+    """The feed of training."""
+
+    dataset: str = "data/dataset"
+    """URL of the task dataset."""
+    episode: EpisodeConfig = EpisodeConfig(cut="uniform")
+    """Support and query in training."""
+    tasks_per_step: Positive = 64
+    """Tasks in the global batch of a step, a multiple of `lanes`."""
+    lanes: Positive = 8
+    """Logical streams that an epoch is dealt into: the most workers that can ever train the run."""
+    shuffle_row_groups: Positive = 8
+    """Row groups in a lane's shuffle window: memory against randomness."""
+    readers_per_worker: Positive = 1
+    """TaskReader actors that feed a worker."""
+    prefetch: Positive = 4
+    """Steps that a reader works ahead."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> DataConfig:
+        if self.tasks_per_step % self.lanes:
+            raise ValueError(f"tasks_per_step ({self.tasks_per_step}) must be a multiple of lanes ({self.lanes})")
+        return self
+
+
+# --- model and meta ------------------------------------------------------------------------------------------------
+
+
+class ModelConfig(Section):
+    """The base learner over the features of user, item and context."""
+
+    learner: Literal["mlp"] = "mlp"
+    """Base learner: an MLP whose head also sees its inputs (see docs/concepts.md)."""
+    hidden: tuple[Positive, ...] = (64, 64)
+    """Widths of the hidden layers."""
+    activation: Literal["relu", "gelu", "tanh", "silu"] = "relu"
+    """Between the layers."""
+    skip: bool = True
+    """Whether the head also sees the MLP's inputs: a linear model beside the MLP, so that a head that adapts can fold
+    a user in as a factorisation would."""
+    id_dropout: Fraction = 0.0
+    """Share of items whose own id is hidden in a step, so that content carries items that are new."""
+    features: tuple[str, ...] | None = None
+    """Features to use, by name. Default: all of the dataset's."""
+    dedup: bool = True
+    """Look each id up once a step."""
+    init_scale: PositiveFloat = 0.05
+    """Standard deviation of the tables' initial rows."""
+
+
+class MetaConfig(Section):
+    """The meta-learner: model-agnostic meta-learning (Finn et al. 2017), first or second order."""
+
+    algorithm: Literal["maml"] = "maml"
+    """Meta-learner."""
+    order: Literal[1, 2] = 2
+    """2: differentiates through the inner gradients; 1: takes them as constants (FOMAML)."""
+    steps: NotNegative = 3
+    """Inner steps on the support set."""
+    rate: PositiveFloat = 0.05
+    """Inner learning rate; where it is learned, its start."""
+    learned_rates: Literal["none", "layer_step"] = "layer_step"
+    """none: `rate` throughout; layer_step: one learned rate a parameter tensor a step, as MAML++."""
+    adapt: tuple[str, ...] = ("*",)
+    """What adapts: patterns over the base learner's parameter names (`head.*`, `layers.0.weight`, `*`)."""
+    adapt_rows: tuple[str, ...] = ()
+    """Features whose gathered embedding rows adapt too, a task its own copy."""
+    chunk: NotNegative = 0
+    """Tasks adapted at a time: bounds memory. 0: all tasks of the step."""
+    loss: Literal["squared", "absolute", "huber", "binary_cross_entropy"] = "squared"
+    """Loss of query events: ratings, or clicks."""
+    inner_loss: Literal["squared", "absolute", "huber", "binary_cross_entropy"] | None = None
+    """Loss of support events. Default: the same."""
+    huber_delta: PositiveFloat = 1.0
+    """Where the Huber loss turns from square to line, in units of the label."""
+
+
+# --- train ---------------------------------------------------------------------------------------------------------
+
+
+class OptimizerConfig(Section):
+    """The outer loop's optimizers: one for dense parameters, one fused into the tables' backward pass."""
+
+    rate: PositiveFloat = 1e-3
+    """Peak learning rate of dense parameters (Adam)."""
+    table_rate: PositiveFloat = 0.05
+    """Peak learning rate of the tables."""
+    table: Literal["sgd", "adagrad", "rowwise_adagrad"] = "rowwise_adagrad"
+    """Optimizer fused into the tables' backward pass."""
+    weight_decay: NotNegativeFloat = 0.0
+    """Decoupled weight decay of dense parameters (AdamW)."""
+    table_decay: NotNegativeFloat = 0.0
+    """L2 of the rows that a step touches, added to the loss: its gradient is `table_decay` × row."""
+    clip: NotNegativeFloat = 10.0
+    """Greatest norm of the dense meta-gradient. 0: no clipping."""
+    warmup_steps: NotNegative = 20
+    """Steps over which rates grow linearly from 0."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """After the warm-up: constant, or down to `final_share` of the peak at the last step."""
+    final_share: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Share of the peak rate at the last step (cosine and linear)."""
+
+
+class EarlyStopping(Section):
+    """Ends training when the validation loss has stopped falling."""
+
+    patience: NotNegative = 0
+    """Validations without improvement before training ends. 0: never."""
+    tolerance: NotNegativeFloat = 0.0
+    """Least improvement that counts."""
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are written and which are kept."""
+
+    every_steps: NotNegative = 100
+    """Steps between checkpoints. 0: only by time and at the end."""
+    every_minutes: NotNegativeFloat = 0.0
+    """Minutes between checkpoints. 0: only by steps and at the end."""
+    keep: Positive = 3
+    """Newest checkpoints kept; the best by validation loss is kept besides."""
+
+
+class TrainConfig(Section):
+    """The outer loop."""
+
+    epochs: Positive = 10
+    """Passes over the training tasks."""
+    max_steps: NotNegative = 0
+    """Ends training after this many steps. 0: after `epochs`."""
+    workers: Positive = 1
+    """Training workers, at most `data.lanes`."""
+    threads_per_worker: NotNegative = 1
+    """CPU threads of a worker's tensor operations. 0: torch's choice."""
+    gpus: bool = False
+    """Whether each worker takes a GPU."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: mixed precision of the base learner, where the device has it."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Outer optimizers."""
+    validate_every: NotNegative = 1
+    """Epochs between validations. 0: never."""
+    early_stopping: EarlyStopping = EarlyStopping()
+    """When to end before the last epoch."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Checkpoints."""
+    max_failures: int = 3
+    """Restarts of the worker group after failures. -1: without bound."""
+    log_every: Positive = 10
+    """Steps between lines in TensorBoard."""
+    seed: int = 0
+    """Seed of the initial weights and of the epoch plans."""
+
+
+class EvaluateConfig(Section):
+    """The evaluation's protocol."""
+
+    episode: EpisodeConfig = EpisodeConfig(cut="last")
+    """Support and query in validation and evaluation."""
+    draws: Positive = 1
+    """Draws of support and query, for `by: random`."""
+    seed: int = 0
+    """Seed of the draws."""
+    k: tuple[Positive, ...] = (1, 5, 10)
+    """Cut-offs of ranking metrics."""
+    relevant: float | None = None
+    """Ratings of at least this are relevant to AUC, hit rate and recall. Default: the training users' mean."""
+    support_sizes: tuple[NotNegative, ...] = (0, 1, 2, 5, 10, 20)
+    """Support sizes of the curve: the newest so many support events."""
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    """Of the intervals over tasks."""
+    tasks_per_batch: Positive = 256
+    """Tasks scored at a time."""
+
+
+class RunConfig(Section):
+    """What the run is called and where it is kept. Name and storage are its identity: the same again resumes."""
+
+    name: str = "run"
+    """Folder of the run."""
+    storage: str = "runs"
+    """URL under which runs are kept."""
+
+
+class Config(Section):
+    """A recipe: where the data comes from, the model, how it is trained and judged."""
+
+    run: RunConfig = RunConfig()
+    """Name and place."""
+    prepare: PrepareConfig = PrepareConfig()
+    """From the raw log to the task dataset."""
+    data: DataConfig = DataConfig()
+    """The feed."""
+    model: ModelConfig = ModelConfig()
+    """Base learner and features."""
+    meta: MetaConfig = MetaConfig()
+    """Meta-learner."""
+    train: TrainConfig = TrainConfig()
+    """Outer loop."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """Protocol."""
+
+    @property
+    def run_url(self) -> str:
+        """Folder of the run."""
+        return storage.join(storage.absolute(self.run.storage), self.run.name)
+
+    @model_validator(mode="after")
+    def _workers_have_lanes(self) -> Config:
+        if self.train.workers > self.data.lanes:
+            raise ValueError(f"train.workers ({self.train.workers}) must be at most data.lanes ({self.data.lanes})")
+        return self
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+def load_config(path: str) -> Config:
+    """Reads a YAML recipe, its `extends` first.
+
+    Raises:
+        ConfigError: The file is missing, is not YAML, or has an unknown or unusable field.
+    """
+    return validated(_read(path, ()), where=path)
+
+
+def to_yaml(config: BaseModel) -> str:
+    """A configuration as YAML, in the order of its fields: what `load_config` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def validated(raw: Any, where: str) -> Config:
+    """Checks a mapping; an unknown key is answered with the nearest known one."""
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise _explained(error, where) from error
+
+
+def _explained(error: ValidationError, where: str) -> ConfigError:
+    problem = error.errors()[0]
+    path = [str(part) for part in problem["loc"]]
+    place = f"{where}: {'.'.join(path) or '(top level)'}"
+    others = len(error.errors()) - 1
+    more = f" ({others} more to mend after this)" if others else ""
+    if problem["type"] == "extra_forbidden":
+        known = _fields_at(path[:-1])
+        near = difflib.get_close_matches(path[-1], known, n=1)
+        remedy = f"Did you mean `{near[0]}`?" if near else f"Known here: {', '.join(known)}."
+        return ConfigError(f"Unknown configuration key{more}.", where=place, got=path[-1], remedy=remedy)
+    got = problem.get("input")
+    return ConfigError(
+        problem["msg"].removeprefix("Value error, ") + more,
+        where=place,
+        got=got if not isinstance(got, dict | BaseModel) else None,
+        remedy="Mend the value; `metatrain config FILE --help` describes every field.",
+    )
+
+
+def _fields_at(path: list[str]) -> list[str]:
+    section: Any = Config
+    for part in path:
+        if part.isdigit():
+            continue
+        section = _section_of(section.model_fields[part].annotation)
+        if section is None:
+            return []
+    return list(section.model_fields)
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section class inside an annotation such as `tuple[FeatureSource, ...]`."""
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((s for a in typing.get_args(annotation) if (s := _section_of(a)) is not None), None)
+
+
+def _read(path: str, chain: tuple[str, ...]) -> dict[str, Any]:
+    if path in chain:
+        raise ConfigError("`extends` goes in a circle.", where=" → ".join((*chain, path)), remedy="Remove one of them.")
+    if not storage.exists(path):
+        raise ConfigError("There is no such configuration file.", where=path, remedy="Check the path; recipes are in configs/.")
+    try:
+        raw = yaml.safe_load(storage.read_text(path)) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"Not YAML: {error}", where=path, remedy="Mend the syntax.") from error
+    if not isinstance(raw, dict):
+        raise ConfigError("A configuration is a mapping of sections.", where=path, got=type(raw).__name__, remedy="See configs/demo.yaml.")
+    parents = raw.pop("extends", [])
+    merged: dict[str, Any] = {}
+    for parent in [parents] if isinstance(parents, str) else parents:
+        beside = parent if "://" in parent or parent.startswith("/") else storage.join(path.rpartition("/")[0] or ".", parent)
+        merged = _merged(merged, _read(beside, (*chain, path)))
+    return _merged(merged, raw)
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    result = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = _merged(result[key], value) if both else value
+    return result

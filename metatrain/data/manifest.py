@@ -1,0 +1,135 @@
+"""The manifest: what makes a folder of shards a task dataset. Written last; without it there is no dataset.
+
+Layout of a dataset at URL::
+
+    manifest.json
+    catalogue.parquet            one row an item; the row's number is the item's id in the shards
+    vocabularies/TABLE.parquet   column `value` (string), row r has the id r + 1
+    shards/train/*.parquet       one row a task, in row groups of at most `row_group_tasks` tasks
+    shards/validation/*.parquet
+    shards/test/*.parquet
+
+Columns of a shard: `key` (string), `items` (list<int32>: catalogue rows), `labels` (list<float>),
+`timestamps` (list<int64>: seconds), `task:NAME` a task feature, `event:NAME` an event feature. The three lists and
+the event columns of one row have the same length; events are in time order, ties in the log's order.
+Columns of the catalogue: `key` (string), `title` (string or null), `new` (bool: an item held out of training),
+`item:NAME` a feature, `training_events` (int64: events of training users on it, 0 for a new item).
+A feature's column is int32 (categorical), list<int32> (multi), float32 (numeric, standardised), or
+fixed_size_list<float, width> (vector); an event feature's is a list of that.
+"""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from metatrain import storage
+from metatrain.data.schema import Schema
+from metatrain.errors import DatasetError
+
+VERSION = 1
+FILE = "manifest.json"
+
+
+class Split(StrEnum):
+    """Which users: each user (task key) is in exactly one split."""
+
+    TRAIN = "train"
+    VALIDATION = "validation"
+    TEST = "test"
+
+
+class ItemSet(StrEnum):
+    """Which items' events of a task count: those known in training, those held out as new, or all."""
+
+    EXISTING = "existing"
+    NEW = "new"
+    ALL = "all"
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Shard(_Frozen):
+    """One Parquet file: path inside the dataset, tasks in each of its row groups, and what to check it by."""
+
+    path: str
+    split: Split
+    row_groups: tuple[int, ...]
+    events: int
+    bytes: int
+    sha256: str
+
+    @property
+    def tasks(self) -> int:
+        """Rows in the file."""
+        return sum(self.row_groups)
+
+
+class Manifest(_Frozen):
+    """All of a dataset but its rows."""
+
+    version: int
+    name: str
+    schema_: Schema
+    shards: tuple[Shard, ...]
+    items: int
+    new_items: int
+    tasks: dict[Split, int]
+    events: dict[Split, int]
+    #: What preparation left out by choice, by reason; shown to the user.
+    skipped: dict[str, int]
+    catalogue_sha256: str
+    #: The resolved `prepare` configuration, and where the data came from.
+    prepared_with: dict[str, Any]
+    #: Free facts for people, such as a synthetic log's Bayes-optimal error.
+    facts: dict[str, Any] = {}
+
+    def of(self, split: Split) -> tuple[Shard, ...]:
+        """The shards of one split, in the plan's order (by path)."""
+        return tuple(sorted((s for s in self.shards if s.split is split), key=lambda s: s.path))
+
+    def write(self, url: str) -> None:
+        """Publishes the manifest, which makes the dataset exist."""
+        storage.write_atomic(storage.join(url, FILE), self.model_dump_json(indent=1))
+
+
+def read_manifest(url: str) -> Manifest:
+    """Reads and checks a dataset's manifest.
+
+    Raises:
+        DatasetError: No manifest, not one of ours, or of another version.
+    """
+    path = storage.join(url, FILE)
+    if not storage.exists(path):
+        raise DatasetError(
+            "There is no task dataset here: no manifest.",
+            where=path,
+            remedy="Make one with `metatrain prepare SOURCE --out URL`, or mend `data.dataset`.",
+        )
+    try:
+        raw = json.loads(storage.read_text(path))
+    except ValueError as error:
+        raise DatasetError(f"The manifest is not JSON: {error}", where=path, remedy="Prepare the dataset again.") from error
+    version = raw.get("version") if isinstance(raw, dict) else None
+    if version != VERSION:
+        raise DatasetError(
+            f"The manifest is of another schema version; this release reads version {VERSION}.",
+            where=path,
+            got=version,
+            remedy="Prepare the dataset again with this release, or use the release that wrote it.",
+        )
+    try:
+        return Manifest.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise DatasetError(
+            f"The manifest cannot be used: {first['msg']}",
+            where=f"{path}: {'.'.join(str(p) for p in first['loc'])}",
+            got=str(first.get("input"))[:200],
+            remedy="Prepare the dataset again.",
+        ) from error

@@ -1,0 +1,1 @@
+"""Raw logs: MovieLens, Netflix Prize, generic events, synthetic."""

@@ -1,0 +1,1 @@
+"""Meta-learners and inner-loop engines. Imports torch alone."""

@@ -1,0 +1,69 @@
+"""What a meta-learner sees of a batch: padded tensors, torch alone.
+
+Symbols: T tasks, E events (padded), F width of the fixed inputs, R rows of one adapted feature in a task (padded),
+M ids of that feature in one event (padded), D embedding width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Slots(NamedTuple):
+    """Which of a task's adapted rows an event uses: positions into R, and a mask of the positions in use."""
+
+    index: Tensor  # int64 [T, E, M]
+    mask: Tensor  # float [T, E, M]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Support or query of T tasks. Padding has `mask` 0 and must not change any result."""
+
+    x: Tensor  # float [T, E, F]: every input that isn't adapted, concatenated
+    slots: dict[str, Slots]  # adapted feature → the rows its events use
+    labels: Tensor  # float [T, E]
+    mask: Tensor  # float [T, E]: 1 for an event, 0 for padding
+
+    def tasks(self, start: int, stop: int) -> Examples:
+        """The tasks from `start` to `stop`."""
+        return Examples(
+            self.x[start:stop],
+            {name: Slots(s.index[start:stop], s.mask[start:stop]) for name, s in self.slots.items()},
+            self.labels[start:stop],
+            self.mask[start:stop],
+        )
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """T tasks: support, query, and the embedding rows that each task may adapt."""
+
+    support: Examples
+    query: Examples
+    rows: dict[str, Tensor]  # adapted feature → float [T, R, D], differentiable to the tables
+
+    @property
+    def size(self) -> int:
+        """Number of tasks, T."""
+        return int(self.support.labels.shape[0])
+
+
+
+def gather_rows(rows: dict[str, Tensor], slots: dict[str, Slots]) -> list[Tensor]:
+    """One task's adapted rows per event, pooled by their mean: rows [R, D], slots [E, M] → [E, D] a feature."""
+    pooled = []
+    for name in sorted(rows):
+        index, mask = slots[name]
+        picked = rows[name][index] * mask.unsqueeze(-1)
+        pooled.append(picked.sum(-2) / mask.sum(-1, keepdim=True).clamp(min=1.0))
+    return pooled
+
+
+def concatenate(x: Tensor, rows: dict[str, Tensor], slots: dict[str, Slots]) -> Tensor:
+    """A base learner's input for one task: fixed inputs, then the adapted features in name order: [E, F + ΣD]."""
+    return torch.cat([x, *gather_rows(rows, slots)], dim=-1)

@@ -1,0 +1,1 @@
+"""The model: sharded tables, features, base learners."""

@@ -1,0 +1,1 @@
+"""Base learners: modules that score one event's inputs with given weights."""

@@ -1,0 +1,1 @@
+"""Recommendation: adapt to events, rank the catalogue."""

@@ -1,0 +1,1 @@
+"""Training: the loop of a worker, one step, the launch on Ray."""
