@@ -1,0 +1,345 @@
+"""Baselines that every evaluation prints beside the model: fitted on training users' events of existing items alone.
+
+==============================  =====================================================================================
+global mean                     the training labels' mean
+support mean, support median    of the task's own support labels; the global mean without support
+item + user bias                mean + item's bias + user's bias: both are mean residuals, shrunk towards 0; the
+                                user's comes from the support
+matrix factorisation fold-in    factors of items by alternating least squares on the residuals of the biases; a new
+                                user is folded in by ridge regression, bias and factor together, on the support
+popularity                      training events of the item: an order, not a rating, so it has no error in stars
+==============================  =====================================================================================
+
+An item without training events has bias 0 and factor 0. Shrinkage, rank and regularisation are chosen on validation
+users from small grids, never on what is reported. Clicks are taken as labels of 0 and 1, so predictions are
+estimates of their probability. Nothing loops over users or events.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from metatrain.data.batch import TaskBatch
+from metatrain.evaluate.tasks import PaddedTasks
+
+Array = np.ndarray
+
+
+class Baseline(Protocol):
+    """A predictor with nothing meta-trained in it."""
+
+    name: str
+    #: Whether scores are predictions of the label, or an order alone.
+    predicts: bool
+
+    def scores(self, tasks: PaddedTasks) -> Array:
+        """Scores of the query events: float64 [T, Q], anything in padding."""
+        ...
+
+
+# --- training events -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainingEvents:
+    """Training users' events behind one another; `limited` where only the first users were read."""
+
+    users: Array  # int32 [N]: 0, 1, …, ascending
+    items: Array  # int32 [N]
+    labels: Array  # float32 [N]
+    user_count: int
+    item_count: int
+    limited: bool = False
+
+    @property
+    def mean(self) -> float:
+        """The labels' mean."""
+        return float(self.labels.mean(dtype=np.float64)) if self.labels.size else 0.0
+
+
+def training_events(batches: Iterable[TaskBatch], item_count: int, limit: int = 20_000_000) -> TrainingEvents:
+    """Collects events, 12 bytes each, stopping after the batch that reaches `limit`: memory has a bound.
+
+    Users lie in the shards by a hash of their key, so the first ones are a fair sample of all.
+    """
+    users, items, labels, count, total, limited = [], [], [], 0, 0, False
+    for batch in batches:
+        if total >= limit:
+            limited = True
+            break
+        lengths = np.asarray(batch.support_lengths) + np.asarray(batch.query_lengths)
+        users.append((count + np.repeat(np.arange(len(lengths)), lengths)).astype(np.int32))
+        items.append(np.asarray(batch.items)[np.asarray(batch.event_items)].astype(np.int32))
+        labels.append(np.asarray(batch.labels, dtype=np.float32))
+        count, total = count + len(lengths), total + len(labels[-1])
+    empty = [np.zeros(0, np.int32)]
+    return TrainingEvents(
+        np.concatenate(users or empty),
+        np.concatenate(items or empty),
+        np.concatenate(labels or [np.zeros(0, np.float32)]),
+        count,
+        item_count,
+        limited,
+    )
+
+
+# --- constants -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GlobalMean:
+    """The training labels' mean for every event."""
+
+    mean: float
+    name: str = "global mean"
+    predicts: bool = True
+
+    def scores(self, tasks: PaddedTasks) -> Array:
+        return np.full(tasks.query_items.shape, self.mean)
+
+
+@dataclass(frozen=True)
+class SupportMean:
+    """The mean of a task's support labels."""
+
+    fallback: float
+    name: str = "support mean"
+    predicts: bool = True
+
+    def scores(self, tasks: PaddedTasks) -> Array:
+        count = tasks.support_mask.sum(1)
+        total = np.where(tasks.support_mask, tasks.support_labels, 0.0).sum(1)
+        mean = np.where(count > 0, total / np.maximum(count, 1), self.fallback)
+        return np.broadcast_to(mean[:, None], tasks.query_items.shape).copy()
+
+
+@dataclass(frozen=True)
+class SupportMedian:
+    """The median of a task's support labels: of an even number, the mean of the middle two."""
+
+    fallback: float
+    name: str = "support median"
+    predicts: bool = True
+
+    def scores(self, tasks: PaddedTasks) -> Array:
+        count = tasks.support_mask.sum(1)
+        if not tasks.support_mask.shape[1]:
+            return np.full(tasks.query_items.shape, self.fallback)
+        ordered = np.sort(np.where(tasks.support_mask, tasks.support_labels, np.inf), axis=1)
+        middle = np.stack([np.maximum(count - 1, 0) // 2, np.minimum(count // 2, ordered.shape[1] - 1)], axis=1)
+        median = np.take_along_axis(ordered, middle, 1).mean(1)
+        median = np.where(count > 0, median, self.fallback)
+        return np.broadcast_to(median[:, None], tasks.query_items.shape).copy()
+
+
+@dataclass(frozen=True)
+class Popularity:
+    """An item's number of training events. New items all have 0: one tie."""
+
+    events: Array  # int64 [I]
+    name: str = "popularity"
+    predicts: bool = False
+
+    def scores(self, tasks: PaddedTasks) -> Array:
+        return self.events[tasks.query_items].astype(np.float64)
+
+
+# --- biases ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bias:
+    """mean + item's bias + user's bias, the latter from the support: Σ residuals / (events + user_shrinkage)."""
+
+    mean: float
+    items: Array  # float64 [I]
+    user_shrinkage: float
+    name: str = "item + user bias"
+    predicts: bool = True
+
+    def scores(self, tasks: PaddedTasks) -> Array:
+        residuals = tasks.support_labels - self.mean - self.items[tasks.support_items]
+        total = np.where(tasks.support_mask, residuals, 0.0).sum(1)
+        users = total / np.maximum(tasks.support_mask.sum(1) + self.user_shrinkage, 1e-9)
+        return self.mean + self.items[tasks.query_items] + users[:, None]
+
+
+def fit_biases(events: TrainingEvents, item_shrinkage: float, user_shrinkage: float, rounds: int = 5) -> tuple[Array, Array]:
+    """Item biases [I] and training users' biases [U]: each in turn the shrunk mean residual of the other."""
+    centred = events.labels.astype(np.float64) - events.mean
+    per_item = np.bincount(events.items, minlength=events.item_count) + item_shrinkage
+    per_user = np.bincount(events.users, minlength=events.user_count) + user_shrinkage
+    items, users = np.zeros(events.item_count), np.zeros(events.user_count)
+    for _ in range(rounds):
+        items = np.bincount(events.items, weights=centred - users[events.users], minlength=events.item_count) / per_item
+        users = np.bincount(events.users, weights=centred - items[events.items], minlength=events.user_count) / per_user
+    return items, users
+
+
+# --- matrix factorisation --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Factorisation:
+    """Biases and item factors; a task's bias and factor by ridge regression on its support, all tasks at once."""
+
+    mean: float
+    items: Array  # float64 [I]: biases
+    factors: Array  # float64 [I, R]
+    user_shrinkage: float
+    regularisation: float
+    name: str = "matrix factorisation fold-in"
+    predicts: bool = True
+
+    def scores(self, tasks: PaddedTasks) -> Array:
+        residuals = np.where(tasks.support_mask, tasks.support_labels - self.mean - self.items[tasks.support_items], 0.0)
+        x_TSR = self._inputs(tasks.support_items) * tasks.support_mask[..., None]
+        penalty = np.diag([max(self.user_shrinkage, 1e-9), *[self.regularisation] * self.factors.shape[1]])
+        gram = x_TSR.transpose(0, 2, 1) @ x_TSR + penalty
+        users_TR = np.linalg.solve(gram, x_TSR.transpose(0, 2, 1) @ residuals[..., None])[..., 0]
+        folded = np.einsum("tqr,tr->tq", self._inputs(tasks.query_items), users_TR)
+        return self.mean + self.items[tasks.query_items] + folded
+
+    def _inputs(self, items: Array) -> Array:
+        return np.concatenate([np.ones((*items.shape, 1)), self.factors[items]], axis=-1)
+
+
+def fit_factors(events: TrainingEvents, residuals: Array, rank: int, regularisation: float, rounds: int, seed: int) -> Array:
+    """Item factors [I, rank] by alternating least squares: Σ (r - p·q)² + λ (Σ|p|² + Σ|q|²)."""
+    generator = np.random.default_rng(seed)
+    items = generator.normal(0.0, 0.1, size=(events.item_count, rank))
+    items[np.bincount(events.items, minlength=events.item_count) == 0] = 0.0
+    values = residuals.astype(np.float32)
+    by_item = np.argsort(events.items, kind="stable")
+    user_side = _Rows.of(events.users, events.user_count)
+    item_side = _Rows.of(events.items[by_item], events.item_count)
+    partners, item_values = events.users[by_item], values[by_item]
+    for _ in range(rounds):
+        users = user_side.solve(items, events.items, values, regularisation)
+        items = item_side.solve(users, partners, item_values, regularisation)
+    return items
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """One side of the matrix: where each row's events lie, rows of like length together so that padding is bounded."""
+
+    count: int
+    groups: tuple[tuple[Array, Array, Array], ...]  # rows [B], starts [B], lengths [B]
+
+    @classmethod
+    def of(cls, rows: Array, count: int, block: int = 1 << 16) -> _Rows:
+        lengths = np.bincount(rows, minlength=count)
+        starts = np.cumsum(lengths) - lengths
+        order = np.argsort(lengths, kind="stable")
+        order = order[lengths[order] > 0]
+        # A block ends where its padded size would pass `block` events; lengths ascend, so padding stays small.
+        groups, ordered = [], lengths[order]
+        start = 0
+        while start < len(order):
+            padded = np.arange(1, len(order) - start + 1) * ordered[start:]
+            stop = start + max(1, int(np.searchsorted(padded, block, side="right")))
+            picked = order[start:stop]
+            groups.append((picked, starts[picked], lengths[picked]))
+            start = stop
+        return cls(count, tuple(groups))
+
+    def solve(self, other: Array, partners: Array, values: Array, regularisation: float) -> Array:
+        """The rows' ridge solutions [count, R], given the other side's factors [., R]; 0 for a row without events."""
+        rank = other.shape[1]
+        solved = np.zeros((self.count, rank))
+        other = other.astype(np.float32)
+        for rows, starts, lengths in self.groups:
+            columns = np.arange(int(lengths[-1]))[None, :]
+            mask = columns < lengths[:, None]
+            index = np.where(mask, starts[:, None] + columns, 0)
+            x = other[partners[index]] * mask[..., None]
+            gram = (x.transpose(0, 2, 1) @ x).astype(np.float64) + regularisation * np.eye(rank)
+            right = x.transpose(0, 2, 1) @ (values[index] * mask)[..., None]
+            solved[rows] = np.linalg.solve(gram, right.astype(np.float64))[..., 0]
+        return solved
+
+
+# --- fitting all -----------------------------------------------------------------------------------------------------
+
+ITEM_SHRINKAGE = (2.0, 5.0, 10.0, 25.0)
+USER_SHRINKAGE = (0.5, 1.0, 3.0, 10.0)
+REGULARISATION = (5.0, 10.0, 20.0)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The baselines, what was chosen for them, and what the reader of the table should know."""
+
+    baselines: tuple[Baseline, ...]
+    chosen: dict[str, float]
+    notes: tuple[str, ...]
+
+
+def fit(
+    events: TrainingEvents,
+    popularity: Array,
+    validation: Callable[[], Iterator[PaddedTasks]],
+    error: Callable[[Array, PaddedTasks], Array],
+    *,
+    ranks: Sequence[int] | None = None,
+    rounds: int = 10,
+    seed: int = 0,
+) -> Fitted:
+    """Fits all baselines.
+
+    Args:
+        events: Of training users on existing items.
+        popularity: Training events of each item: int64 [I].
+        validation: Gives the validation users' tasks anew at each call; none: defaults are used, and noted.
+        error: Of scores [T, Q] a value a task, lower is better, NaN where undefined.
+        ranks: Of the factorisation, tried on validation users. Default: 32, and 8 where events are few.
+        rounds: Of alternating least squares.
+        seed: Of the factors' start.
+    """
+    notes: list[str] = []
+    tasks = list(validation())
+    mean = events.mean
+
+    def judged(candidates: Sequence[Baseline]) -> int:
+        values = [np.concatenate([error(c.scores(t), t) for t in tasks]) for c in candidates] if tasks else []
+        means = [np.nanmean(v) if np.isfinite(v).any() else np.inf for v in values]
+        return int(np.argmin(means)) if means and np.isfinite(min(means)) else len(candidates) // 2
+
+    if not tasks:
+        notes.append("No validation task: the baselines' shrinkage, rank and regularisation are defaults.")
+    if events.limited:
+        notes.append(f"Baselines are fitted on the first {events.user_count:,} training users.")
+    grid = [(i, u, fit_biases(events, i, u)) for i in ITEM_SHRINKAGE for u in USER_SHRINKAGE]
+    biases = [Bias(mean, fitted[0], u) for _, u, fitted in grid]
+    best = judged(biases)
+    item_shrinkage, user_shrinkage, (item_bias, user_bias) = grid[best]
+    residuals = events.labels - mean - item_bias[events.items] - user_bias[events.users]
+    ranks = ranks or ((32,) if events.labels.size > 300_000 else (8, 32))
+    factorisations = [
+        Factorisation(mean, item_bias, fit_factors(events, residuals, rank, strength, rounds, seed), user_shrinkage, strength)
+        for rank in ranks
+        for strength in REGULARISATION
+    ]
+    factorisation = factorisations[judged(factorisations)]
+    return Fitted(
+        (
+            GlobalMean(mean),
+            SupportMean(mean),
+            SupportMedian(mean),
+            biases[best],
+            factorisation,
+            Popularity(popularity),
+        ),
+        {
+            "item_shrinkage": item_shrinkage,
+            "user_shrinkage": user_shrinkage,
+            "rank": factorisation.factors.shape[1],
+            "regularisation": factorisation.regularisation,
+        },
+        tuple(notes),
+    )

@@ -1,0 +1,206 @@
+"""Metrics of a query's predictions, one value a task, for all tasks at once; and their intervals over tasks.
+
+Arrays are padded: scores, labels and mask are [T, Q]; padding has mask False and changes no result. A task for which
+a metric means nothing has NaN there, is left out of the mean, and is not counted in the `tasks` of its row. In every
+metric each task weighs the same, however many events it has.
+
+============  ==========================================================  =====================================
+metric        of a task                                                   undefined (NaN) where
+============  ==========================================================  =====================================
+MAE           mean of |prediction - label| over its query                 no query event
+RMSE          mean of squares; the root is taken of the mean over tasks   no query event
+AUC           share of (relevant, other) pairs in the right order         the query holds one kind alone
+nDCG@k        DCG@k over its greatest, gains as given                     all gains are 0
+hit rate@k    1 where a relevant event is among the first k               no relevant event, or at most k events
+recall@k      relevant events among the first k, of all relevant          no relevant event, or at most k events
+============  ==========================================================  =====================================
+
+With at most k events every order has them all in its first k, so that hit rate and recall would be 1 for every model.
+
+Equal scores stand in no order: each ranking metric is its mean over all orders of the tied events, exactly. So a
+constant predictor gets what shuffling would, never what the log's order happens to give. nDCG is that of scikit-learn
+(`ndcg_score(gains, scores, k=k)`), AUC that of its `roc_auc_score`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over tasks, its two-sided interval, and over how many tasks. No task: NaN."""
+
+    value: float
+    low: float
+    high: float
+    tasks: int
+
+
+# --- one value a task ------------------------------------------------------------------------------------------------
+
+
+def absolute_error(predictions: Array, labels: Array, mask: Array) -> Array:
+    """Mean absolute error of each task: [T]."""
+    return _mean(np.abs(predictions - labels), mask)
+
+
+def squared_error(predictions: Array, labels: Array, mask: Array) -> Array:
+    """Mean squared error of each task: [T]."""
+    return _mean(np.square(predictions - labels), mask)
+
+
+def auc(scores: Array, relevant: Array, mask: Array) -> Array:
+    """Area under the ROC curve of each task, ties counted half: [T]. `relevant` is bool [T, Q]."""
+    places = _places(scores, mask)
+    positive = relevant & mask
+    positives, others = positive.sum(1), (mask & ~relevant).sum(1)
+    # Events ranked below an event, ties half: all others minus those above.
+    below = mask.sum(1, keepdims=True) - places.above - (places.tied + 1) / 2
+    wins = np.where(positive, below, 0.0).sum(1) - positives * (positives - 1) / 2
+    return _ratio(wins, positives * others)
+
+
+def ndcg(scores: Array, gains: Array, mask: Array, k: int) -> Array:
+    """Normalised discounted cumulative gain at k of each task: [T]. `gains` (not negative) are used as they are."""
+    gains = np.where(mask, gains, 0.0)
+    return _ratio(_dcg(scores, gains, mask, k), _dcg(gains, gains, mask, k))
+
+
+def hit_rate(scores: Array, relevant: Array, mask: Array, k: int) -> Array:
+    """Chance that the first k hold a relevant event, for each task: [T]; 0 or 1 without ties."""
+    places = _places(scores, mask)
+    positive = relevant & mask
+    surely = (positive & (places.above + places.tied <= k)).any(1)
+    # The one group of ties that the cut at k goes through: `size` events, `good` of them relevant, `room` places.
+    cut = mask & (places.above < k) & (places.above + places.tied > k)
+    size, good = cut.sum(1), (cut & positive).sum(1)
+    room = np.where(cut, k - places.above, 0).max(1, initial=0)
+    missed = _chance_of_none(size, good, room)
+    return _where_ranked(np.where(surely, 1.0, 1.0 - missed), positive, mask, k)
+
+
+def recall(scores: Array, relevant: Array, mask: Array, k: int) -> Array:
+    """Share of a task's relevant events that are among the first k, for each task: [T]."""
+    places = _places(scores, mask)
+    positive = relevant & mask
+    inside = np.clip((k - places.above) / places.tied, 0.0, 1.0)
+    found = np.where(positive, inside, 0.0).sum(1)
+    return _where_ranked(_ratio(found, positive.sum(1)), positive, mask, k)
+
+
+# --- over tasks ------------------------------------------------------------------------------------------------------
+
+
+def mean_over_tasks(values: Array, tasks: Array, confidence: float) -> Estimate:
+    """Mean and Student interval over tasks of values that may come from several draws.
+
+    Args:
+        values: [N], NaN where undefined; a task may have several, one a draw. They are averaged first: tasks are
+            what is independent, draws are not.
+        tasks: int64 [N], which task each value is of.
+        confidence: Of the interval, in (0, 1).
+
+    Returns:
+        NaN without a defined task; the interval is infinitely wide with one.
+    """
+    defined = ~np.isnan(values)
+    _, index = np.unique(tasks[defined], return_inverse=True)
+    count = int(index.max()) + 1 if index.size else 0
+    if not count:
+        return Estimate(math.nan, math.nan, math.nan, 0)
+    means = np.bincount(index, weights=values[defined], minlength=count) / np.bincount(index, minlength=count)
+    value = float(means.mean())
+    if count == 1:
+        return Estimate(value, -math.inf, math.inf, 1)
+    half = student_quantile(confidence, count - 1) * float(means.std(ddof=1)) / math.sqrt(count)
+    return Estimate(value, value - half, value + half, count)
+
+
+def root(estimate: Estimate) -> Estimate:
+    """The root of a mean of squares, its interval's ends with it."""
+    low, high = (math.sqrt(max(end, 0.0)) for end in (estimate.low, estimate.high))
+    return Estimate(math.sqrt(estimate.value), low, high, estimate.tasks)
+
+
+@functools.lru_cache(maxsize=1024)
+def student_quantile(confidence: float, degrees: int) -> float:
+    """x with P(|t| ≤ x) = `confidence` for Student's t."""
+    if degrees > 500:  # the expansion's error is below 1e-6 here
+        z = NormalDist().inv_cdf(0.5 + confidence / 2)
+        return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+    # With t = √n·tan θ the density is proportional to cos(θ)^(n-1) on (-π/2, π/2).
+    angles = np.linspace(0.0, math.pi / 2, 200_001)
+    density = np.cos(angles) ** (degrees - 1)
+    area = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    return math.sqrt(degrees) * math.tan(float(np.interp(confidence, area / area[-1], angles)))
+
+
+# --- ranks under ties ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Places:
+    above: Array  # int64 [T, Q]: events of a greater score
+    tied: Array  # int64 [T, Q]: events of the same score, itself included; 1 in padding
+
+
+def _places(scores: Array, mask: Array) -> _Places:
+    """Where each event stands in its task's order by score, best first."""
+    tasks, width = scores.shape
+    if not width:
+        return _Places(np.zeros_like(scores, dtype=np.int64), np.ones_like(scores, dtype=np.int64))
+    # Padding last: behind events of any score, infinite ones too.
+    order = np.lexsort((-np.where(mask, scores, 0.0), ~mask), axis=1)
+    ranked, there = np.take_along_axis(scores, order, 1), np.take_along_axis(mask, order, 1)
+    position = np.broadcast_to(np.arange(width), (tasks, width))
+    new = np.ones((tasks, width), dtype=bool)
+    new[:, 1:] = (ranked[:, 1:] != ranked[:, :-1]) | ~there[:, 1:]
+    first = np.maximum.accumulate(np.where(new, position, 0), axis=1)
+    last_of_group = np.ones((tasks, width), dtype=bool)
+    last_of_group[:, :-1] = new[:, 1:]
+    last = np.minimum.accumulate(np.where(last_of_group, position, width)[:, ::-1], axis=1)[:, ::-1]
+    above, tied = np.empty_like(order), np.empty_like(order)
+    np.put_along_axis(above, order, first, 1)
+    np.put_along_axis(tied, order, last - first + 1, 1)
+    return _Places(above, tied)
+
+
+def _dcg(scores: Array, gains: Array, mask: Array, k: int) -> Array:
+    places = _places(scores, mask)
+    width = scores.shape[1]
+    discounts = np.where(np.arange(width) < k, 1.0 / np.log2(np.arange(width) + 2.0), 0.0)
+    summed = np.concatenate([[0.0], np.cumsum(discounts)])
+    mean_discount = (summed[places.above + places.tied] - summed[places.above]) / places.tied
+    return np.where(mask, gains * mean_discount, 0.0).sum(1)
+
+
+def _chance_of_none(size: Array, good: Array, room: Array) -> Array:
+    """Chance that `room` draws without replacement from `size` events meet none of the `good`: [T]."""
+    possible = size - good >= room
+    bad = np.where(possible, size - good, room)  # any value that keeps the logarithm defined
+    return np.where(possible, np.exp(_log_choose(bad, room) - _log_choose(np.maximum(size, room), room)), 0.0)
+
+
+def _log_choose(n: Array, m: Array) -> Array:
+    table = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, int(n.max(initial=1)) + 1)))])
+    return table[n] - table[m] - table[n - m]
+
+
+def _where_ranked(values: Array, positive: Array, mask: Array, k: int) -> Array:
+    return np.where(positive.any(1) & (mask.sum(1) > k), values, np.nan)
+
+
+def _mean(values: Array, mask: Array) -> Array:
+    return _ratio(np.where(mask, values, 0.0).sum(1), mask.sum(1))
+
+
+def _ratio(above: Array, below: Array) -> Array:
+    return np.divide(above, below, out=np.full(np.shape(above), np.nan), where=below != 0)
