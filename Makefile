@@ -36,6 +36,7 @@ docs: setup
 	$(BIN)/python tools/config_reference.py
 
 wheel: setup-dev
+	rm -rf build
 	$(BIN)/python -m build --wheel --no-isolation
 
 setup: .venv/.package

@@ -1,0 +1,26 @@
+"""The order of the tests: fast ones first, then several processes, then Ray, then faults.
+
+A mistake in a formula should not wait for a cluster to start. Tests that use Ray in a module that doesn't import it
+carry the mark `ray`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+_TESTS = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=_stage)  # stable: within a stage the order is that of collection
+
+
+def _stage(item: pytest.Item) -> int:
+    folder = item.path.relative_to(_TESTS).parts[0]
+    if folder == "faults":
+        return 3
+    if item.get_closest_marker("ray") or "ray" in vars(getattr(item, "module", item)):
+        return 2
+    return 1 if folder == "distributed" else 0
