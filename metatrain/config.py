@@ -418,7 +418,7 @@ def load_config(path: str) -> Config:
 
 def to_yaml(config: BaseModel) -> str:
     """A configuration as YAML, in the order of its fields: what `load_config` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def validated(raw: Any, where: str) -> Config:

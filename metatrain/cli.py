@@ -1,0 +1,210 @@
+"""The command line. Commands import their rooms when called, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from metatrain import __version__, storage
+from metatrain.config import Config, EvaluateConfig, PrepareConfig, load_config, to_yaml
+from metatrain.errors import ConfigError, MetatrainError
+
+USAGE = f"""metatrain {__version__}: meta-train recommenders that adapt to a new user from a handful of events
+
+  metatrain prepare SOURCE --out URL          a raw log becomes a task dataset
+  metatrain prepare RECIPE.yaml               the same, as the recipe says
+  metatrain train RECIPE.yaml [--a.b value]   meta-train on Ray; the same command again goes on
+  metatrain evaluate RUN                      quality on users and items never seen, beside baselines
+  metatrain recommend RUN --events FILE       adapt to events, rank the catalogue
+  metatrain config RECIPE.yaml [--a.b value]  print the resolved configuration
+  metatrain doctor                            what this machine has, and what is wrong with it
+
+`metatrain COMMAND --help` describes every option. RUN is a run's folder, or the recipe that trained it.
+SOURCE is movielens-100k, movielens-1m, movielens, netflix, events or synthetic. Recipes are in configs/."""
+
+# Options of a nested section appear without the section's prefix.
+Flat = tyro.conf.arg(name="")
+
+
+@dataclass(frozen=True)
+class PrepareArguments:
+    """Makes a task dataset from a raw log: reads, splits users and items, encodes, writes Parquet shards."""
+
+    out: str
+    """URL of the task dataset to make."""
+    prepare: Annotated[PrepareConfig, Flat]
+    overwrite: bool = False
+    """Replace a dataset that is there already, prepared in another way."""
+
+
+@dataclass(frozen=True)
+class TrainArguments:
+    """Meta-trains a recipe on Ray. The same command again goes on from the last checkpoint."""
+
+    recipe: Annotated[Config, Flat]
+    address: str | None = None
+    """A Ray cluster: `auto`, `host:port` or `ray://host:port`. Default: a local Ray, for this run alone."""
+
+
+@dataclass(frozen=True)
+class EvaluateArguments:
+    """Judges a run on new users, new items and both, beside baselines. Writes evaluation.json and evaluation.png
+    into the run's folder."""
+
+    evaluate: Annotated[EvaluateConfig, Flat]
+    checkpoint: int | None = None
+    """Step of the checkpoint. Default: the best by validation loss."""
+
+
+@dataclass(frozen=True)
+class RecommendArguments:
+    """Adapts a run's model to users' events, and ranks the catalogue for each."""
+
+    events: str | None = None
+    """CSV, JSON lines or Parquet with the columns `item` and `label`, and `user`, `timestamp` and the user's features
+    where there are any."""
+    user: tuple[str, ...] = ()
+    """Users of the dataset, by key, in place of a file: their own events are the support."""
+    top: int = 10
+    """Length of each list."""
+    checkpoint: int | None = None
+    """Step of the checkpoint. Default: the best by validation loss."""
+    format: Literal["table", "json"] = "table"
+    """A table for people, or JSON lines."""
+    keep_seen: bool = False
+    """Also recommend what the user has events on."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The `metatrain` command; exits with 2 after an error that the user can mend."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, level=logging.WARNING)
+    logging.getLogger("metatrain").setLevel(logging.INFO)
+    commands = {
+        "prepare": _prepare,
+        "train": _train,
+        "evaluate": _evaluate,
+        "recommend": _recommend,
+        "config": _config,
+        "doctor": _doctor,
+    }
+    if not given or given[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return
+    if given[0] == "--version":
+        print(__version__)
+        return
+    try:
+        if given[0] not in commands:
+            raise ConfigError("There is no such command.", got=given[0], remedy=f"One of: {', '.join(commands)}.")
+        commands[given[0]](given[1:])
+    except MetatrainError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`): no error, and nothing more to print.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _subject(given: list[str], command: str, what: str) -> tuple[str, list[str]]:
+    """The command's first argument and the rest; without one, only `--help` makes sense."""
+    if given and not given[0].startswith("-"):
+        return given[0], given[1:]
+    if given and given[0] in ("-h", "--help"):
+        return "", given
+    raise ConfigError(f"`metatrain {command}` needs {what} first.", remedy=f"See `metatrain {command} --help`.")
+
+
+def _is_recipe(text: str) -> bool:
+    return text.endswith((".yaml", ".yml"))
+
+
+def _parse(kind, default, given: list[str], command: str):
+    return tyro.cli(kind, default=default, args=given, prog=f"metatrain {command}", use_underscores=True)
+
+
+def _prepare(given: list[str]) -> None:
+    subject, rest = _subject(given, "prepare", "a SOURCE or a recipe")
+    if _is_recipe(subject):
+        recipe = load_config(subject)
+        default = PrepareArguments(recipe.data.dataset, recipe.prepare)
+    else:
+        out = tyro.MISSING_NONPROP
+        default = PrepareArguments(out, PrepareConfig(source=subject or None))
+    options = _parse(PrepareArguments, default, rest, "prepare SOURCE|RECIPE.yaml")
+    from metatrain.data.prepare import prepare, summary
+
+    print(summary(prepare(options.prepare, options.out, overwrite=options.overwrite)))
+
+
+def _train(given: list[str]) -> None:
+    subject, rest = _subject(given, "train", "a recipe (a YAML file)")
+    recipe = load_config(subject) if subject else Config()
+    options = _parse(TrainArguments, TrainArguments(recipe), rest, "train RECIPE.yaml")
+    from metatrain.train.launch import launch
+
+    launch(options.recipe, options.address)
+    print(f"trained: {options.recipe.run_url}")
+    print(f"  metatrain evaluate {options.recipe.run_url}")
+    print(f"  tensorboard --logdir {storage.join(options.recipe.run_url, 'tensorboard')}")
+
+
+def _run_url(subject: str) -> str:
+    return load_config(subject).run_url if _is_recipe(subject) else storage.absolute(subject)
+
+
+def _evaluate(given: list[str]) -> None:
+    subject, rest = _subject(given, "evaluate", "a RUN (its folder, or its recipe)")
+    run = _run_url(subject) if subject else ""
+    trained = storage.join(run, "config.yaml")
+    default = load_config(trained).evaluate if run and storage.exists(trained) else EvaluateConfig()
+    options = _parse(EvaluateArguments, EvaluateArguments(default), rest, "evaluate RUN")
+    from metatrain.evaluate.report import evaluate_run
+
+    print(evaluate_run(run, evaluate=options.evaluate, checkpoint=options.checkpoint).render())
+
+
+def _recommend(given: list[str]) -> None:
+    subject, rest = _subject(given, "recommend", "a RUN (its folder, or its recipe)")
+    options = _parse(RecommendArguments, RecommendArguments(), rest, "recommend RUN")
+    if (options.events is None) == (not options.user):
+        raise ConfigError("`metatrain recommend` needs `--events FILE` or `--user KEY`.", remedy="Give one of the two.")
+    from metatrain.recommend.recommender import Recommender
+
+    recommender = Recommender.load(_run_url(subject), checkpoint=options.checkpoint)
+    adapted = recommender.adapt(options.events) if options.events else recommender.adapt_users(options.user)
+    render = adapted.json_lines if options.format == "json" else adapted.table
+    print(render(options.top, exclude_seen=not options.keep_seen))
+
+
+def _config(given: list[str]) -> None:
+    subject, rest = _subject(given, "config", "a recipe (a YAML file)")
+    recipe = load_config(subject) if subject else Config()
+
+    @dataclass(frozen=True)
+    class ConfigArguments:
+        """Prints a recipe with everything resolved: `extends`, defaults, options."""
+
+        recipe: Annotated[Config, Flat]
+
+    print(to_yaml(_parse(ConfigArguments, ConfigArguments(recipe), rest, "config RECIPE.yaml").recipe), end="")
+
+
+def _doctor(given: list[str]) -> None:
+    from metatrain.observe.doctor import examine
+
+    @dataclass(frozen=True)
+    class DoctorArguments:
+        """Reports versions, devices, Ray, disk and shared memory, and what is wrong, with a remedy."""
+
+    _parse(DoctorArguments, DoctorArguments(), given, "doctor")
+    report = examine()
+    print(report.render())
+    if not report.healthy:
+        sys.exit(1)

@@ -1,0 +1,127 @@
+"""One step of the outer loop, and the sums that become curves. Collective: all ranks call these together."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from metatrain.config import Config
+from metatrain.data.batch import TaskBatch
+from metatrain.data.reader import BatchReader
+from metatrain.errors import TrainingError
+from metatrain.model.metamodel import StepOutput
+from metatrain.model.tables import Distributed
+from metatrain.train.outer import DenseOptimizer, rate_share
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step did on this rank: sums over its tasks, and what is equal on all ranks."""
+
+    output: StepOutput
+    gradient_norm: Tensor  # of the dense meta-gradient, before clipping
+    share: float  # of the peak rates
+
+
+def training_step(
+    distributed: Distributed,
+    optimizer: DenseOptimizer,
+    batch: TaskBatch,
+    config: Config,
+    step: int,
+    last: int,
+    world_size: int,
+) -> Outcome:
+    """Trains on one global batch, of which `batch` (tensors) is this rank's part: one lookup, one backward."""
+    tasks = torch.tensor(float(batch.size), dtype=torch.float64, device=batch.labels.device)
+    dist.all_reduce(tasks)
+    share = rate_share(config.train.optimizer, step, last)
+    # The tables are updated inside backward: their rate is set before.
+    distributed.set_table_rate(share * config.train.optimizer.table_rate)
+    low = config.train.precision == "bfloat16"
+    with torch.autocast(batch.labels.device.type, dtype=torch.bfloat16, enabled=low):
+        output: StepOutput = distributed.module(batch, step, tasks.clamp(min=1.0), world_size)
+    output.loss.backward()
+    norm = optimizer.update(share * config.train.optimizer.rate)
+    return Outcome(output, norm, share)
+
+
+def validation_losses(
+    distributed: Distributed, reader: BatchReader, lanes: Sequence[int], device: torch.device, world_size: int
+) -> tuple[float, float]:
+    """Mean query loss over the reader's tasks, before and after adaptation, equal on all ranks.
+
+    Raises:
+        TrainingError: No validation task has enough events.
+    """
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    distributed.module.eval()
+    with torch.no_grad():
+        for step in range(reader.steps(0)):
+            batch = reader.read(0, step, lanes).tensors(device)
+            output: StepOutput = distributed.module(batch, 0, torch.ones((), dtype=torch.float64), world_size)
+            sums += torch.stack([output.before, output.after, torch.as_tensor(float(batch.size))]).to(sums)
+    distributed.module.train()
+    dist.all_reduce(sums)
+    before, after, tasks = sums.tolist()
+    if not tasks:
+        raise TrainingError(
+            "No validation user has enough events for an episode.",
+            where="evaluate.episode",
+            remedy="Lower `support_min`, `query_min` or `events_min`, or set `train.validate_every: 0`.",
+        )
+    return before / tasks, after / tasks
+
+
+class Totals:
+    """Sums over the steps since the last line of the curves, reduced over ranks only when a line is due."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._waited = 0.0
+        self._reset()
+
+    def _reset(self) -> None:
+        self._sums = torch.zeros(8, dtype=torch.float64, device=self._device)
+        self._steps, self._clock = 0, time.monotonic()
+        self._waited_before = self._waited
+        self._last: Outcome | None = None
+
+    def add(self, outcome: Outcome, batch: TaskBatch, wait_seconds: float) -> None:
+        """Adds a step; `wait_seconds` is the time waited for data since the run began."""
+        out = outcome.output
+        self._sums[:5] += torch.stack(
+            [out.before, out.after, out.improved, torch.as_tensor(float(batch.size)), torch.as_tensor(float(batch.skipped))]
+        ).to(self._sums)
+        self._sums[5] += batch.labels.shape[0]
+        self._waited, self._steps, self._last = wait_seconds, self._steps + 1, outcome
+
+    def reduce(self, due: bool) -> tuple[dict[str, float], bool]:
+        """The curves of the steps since the last call, equal on all ranks, and whether any rank said `due`."""
+        assert self._last is not None, "reduce follows at least one add"
+        seconds = max(time.monotonic() - self._clock, 1e-9)
+        self._sums[6] = (self._waited - self._waited_before) / seconds
+        self._sums[7] = float(due)
+        dist.all_reduce(self._sums)
+        before, after, improved, tasks, skipped, events, wait, anyone_due = self._sums.tolist()
+        count = max(tasks, 1.0)
+        curves = {
+            "learning/loss_before": before / count,
+            "learning/loss_after": after / count,
+            "learning/gain": (before - after) / count,
+            "learning/improved_share": improved / count,
+            "health/gradient_norm": float(self._last.gradient_norm),
+            "health/rate_share": self._last.share,
+            "health/skipped_tasks": skipped,
+            "speed/tasks_per_second": tasks / seconds,
+            "speed/events_per_second": events / seconds,
+            "speed/step_seconds": seconds / self._steps,
+            "speed/wait_share": wait / dist.get_world_size(),
+        }
+        self._reset()
+        return curves, anyone_due > 0

@@ -1,0 +1,57 @@
+"""The command line: help, errors without tracebacks, overrides."""
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from metatrain.cli import main
+
+
+def test_without_arguments_the_commands_are_shown(capsys):
+    main([])
+    shown = capsys.readouterr().out
+    assert all(f"metatrain {c}" in shown for c in ("prepare", "train", "evaluate", "recommend", "config", "doctor"))
+
+
+@pytest.mark.parametrize("command", ["prepare", "train", "evaluate", "recommend", "config", "doctor"])
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    assert len(capsys.readouterr().out.splitlines()) > 5
+
+
+def test_overrides_reach_the_resolved_configuration(tmp_path, capsys):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("train: {epochs: 3}")
+    main(["config", str(recipe), "--train.epochs", "7", "--model.hidden", "8", "4"])
+    resolved = yaml.safe_load(capsys.readouterr().out)
+    assert resolved["train"]["epochs"] == 7
+    assert resolved["model"]["hidden"] == [8, 4]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["trian"], "no such command"),
+        (["train"], "needs a recipe"),
+        (["train", "none.yaml"], "no such configuration file"),
+        (["recommend", "runs/x"], "--events FILE"),
+        (["evaluate", "no/such/run"], "no checkpoint"),
+    ],
+)
+def test_an_error_is_short_and_exits_with_2(arguments, expected, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ")
+    assert expected in shown
+    assert "Traceback" not in shown
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys; from metatrain.cli import main; main([]); assert not {'torch', 'ray'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
