@@ -17,14 +17,15 @@ estimates of their probability. Nothing loops over users or events.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-from metatrain.data.batch import TaskBatch
+from metatrain.evaluate.factorisation import Factorisation, fit_factors
 from metatrain.evaluate.tasks import PaddedTasks
+from metatrain.evaluate.training_events import TrainingEvents
 
 Array = np.ndarray
 
@@ -39,52 +40,6 @@ class Baseline(Protocol):
     def scores(self, tasks: PaddedTasks) -> Array:
         """Scores of the query events: float64 [T, Q], anything in padding."""
         ...
-
-
-# --- training events -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TrainingEvents:
-    """Training users' events behind one another; `limited` where only the first users were read."""
-
-    users: Array  # int32 [N]: 0, 1, …, ascending
-    items: Array  # int32 [N]
-    labels: Array  # float32 [N]
-    user_count: int
-    item_count: int
-    limited: bool = False
-
-    @property
-    def mean(self) -> float:
-        """The labels' mean."""
-        return float(self.labels.mean(dtype=np.float64)) if self.labels.size else 0.0
-
-
-def training_events(batches: Iterable[TaskBatch], item_count: int, limit: int = 20_000_000) -> TrainingEvents:
-    """Collects events, 12 bytes each, stopping after the batch that reaches `limit`: memory has a bound.
-
-    Users lie in the shards by a hash of their key, so the first ones are a fair sample of all.
-    """
-    users, items, labels, count, total, limited = [], [], [], 0, 0, False
-    for batch in batches:
-        if total >= limit:
-            limited = True
-            break
-        lengths = np.asarray(batch.support_lengths) + np.asarray(batch.query_lengths)
-        users.append((count + np.repeat(np.arange(len(lengths)), lengths)).astype(np.int32))
-        items.append(np.asarray(batch.items)[np.asarray(batch.event_items)].astype(np.int32))
-        labels.append(np.asarray(batch.labels, dtype=np.float32))
-        count, total = count + len(lengths), total + len(labels[-1])
-    empty = [np.zeros(0, np.int32)]
-    return TrainingEvents(
-        np.concatenate(users or empty),
-        np.concatenate(items or empty),
-        np.concatenate(labels or [np.zeros(0, np.float32)]),
-        count,
-        item_count,
-        limited,
-    )
 
 
 # --- constants -------------------------------------------------------------------------------------------------------
@@ -168,7 +123,9 @@ class Bias:
         return self.mean + self.items[tasks.query_items] + users[:, None]
 
 
-def fit_biases(events: TrainingEvents, item_shrinkage: float, user_shrinkage: float, rounds: int = 5) -> tuple[Array, Array]:
+def fit_biases(
+    events: TrainingEvents, item_shrinkage: float, user_shrinkage: float, rounds: int = 5
+) -> tuple[Array, Array]:
     """Item biases [I] and training users' biases [U]: each in turn the shrunk mean residual of the other."""
     centred = events.labels.astype(np.float64) - events.mean
     per_item = np.bincount(events.items, minlength=events.item_count) + item_shrinkage
@@ -178,90 +135,6 @@ def fit_biases(events: TrainingEvents, item_shrinkage: float, user_shrinkage: fl
         items = np.bincount(events.items, weights=centred - users[events.users], minlength=events.item_count) / per_item
         users = np.bincount(events.users, weights=centred - items[events.items], minlength=events.user_count) / per_user
     return items, users
-
-
-# --- matrix factorisation --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Factorisation:
-    """Biases and item factors; a task's bias and factor by ridge regression on its support, all tasks at once."""
-
-    mean: float
-    items: Array  # float64 [I]: biases
-    factors: Array  # float64 [I, R]
-    user_shrinkage: float
-    regularisation: float
-    name: str = "matrix factorisation fold-in"
-    predicts: bool = True
-
-    def scores(self, tasks: PaddedTasks) -> Array:
-        residuals = np.where(tasks.support_mask, tasks.support_labels - self.mean - self.items[tasks.support_items], 0.0)
-        x_TSR = self._inputs(tasks.support_items) * tasks.support_mask[..., None]
-        penalty = np.diag([max(self.user_shrinkage, 1e-9), *[self.regularisation] * self.factors.shape[1]])
-        gram = x_TSR.transpose(0, 2, 1) @ x_TSR + penalty
-        users_TR = np.linalg.solve(gram, x_TSR.transpose(0, 2, 1) @ residuals[..., None])[..., 0]
-        folded = np.einsum("tqr,tr->tq", self._inputs(tasks.query_items), users_TR)
-        return self.mean + self.items[tasks.query_items] + folded
-
-    def _inputs(self, items: Array) -> Array:
-        return np.concatenate([np.ones((*items.shape, 1)), self.factors[items]], axis=-1)
-
-
-def fit_factors(events: TrainingEvents, residuals: Array, rank: int, regularisation: float, rounds: int, seed: int) -> Array:
-    """Item factors [I, rank] by alternating least squares: Σ (r - p·q)² + λ (Σ|p|² + Σ|q|²)."""
-    generator = np.random.default_rng(seed)
-    items = generator.normal(0.0, 0.1, size=(events.item_count, rank))
-    items[np.bincount(events.items, minlength=events.item_count) == 0] = 0.0
-    values = residuals.astype(np.float32)
-    by_item = np.argsort(events.items, kind="stable")
-    user_side = _Rows.of(events.users, events.user_count)
-    item_side = _Rows.of(events.items[by_item], events.item_count)
-    partners, item_values = events.users[by_item], values[by_item]
-    for _ in range(rounds):
-        users = user_side.solve(items, events.items, values, regularisation)
-        items = item_side.solve(users, partners, item_values, regularisation)
-    return items
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """One side of the matrix: where each row's events lie, rows of like length together so that padding is bounded."""
-
-    count: int
-    groups: tuple[tuple[Array, Array, Array], ...]  # rows [B], starts [B], lengths [B]
-
-    @classmethod
-    def of(cls, rows: Array, count: int, block: int = 1 << 16) -> _Rows:
-        lengths = np.bincount(rows, minlength=count)
-        starts = np.cumsum(lengths) - lengths
-        order = np.argsort(lengths, kind="stable")
-        order = order[lengths[order] > 0]
-        # A block ends where its padded size would pass `block` events; lengths ascend, so padding stays small.
-        groups, ordered = [], lengths[order]
-        start = 0
-        while start < len(order):
-            padded = np.arange(1, len(order) - start + 1) * ordered[start:]
-            stop = start + max(1, int(np.searchsorted(padded, block, side="right")))
-            picked = order[start:stop]
-            groups.append((picked, starts[picked], lengths[picked]))
-            start = stop
-        return cls(count, tuple(groups))
-
-    def solve(self, other: Array, partners: Array, values: Array, regularisation: float) -> Array:
-        """The rows' ridge solutions [count, R], given the other side's factors [., R]; 0 for a row without events."""
-        rank = other.shape[1]
-        solved = np.zeros((self.count, rank))
-        other = other.astype(np.float32)
-        for rows, starts, lengths in self.groups:
-            columns = np.arange(int(lengths[-1]))[None, :]
-            mask = columns < lengths[:, None]
-            index = np.where(mask, starts[:, None] + columns, 0)
-            x = other[partners[index]] * mask[..., None]
-            gram = (x.transpose(0, 2, 1) @ x).astype(np.float64) + regularisation * np.eye(rank)
-            right = x.transpose(0, 2, 1) @ (values[index] * mask)[..., None]
-            solved[rows] = np.linalg.solve(gram, right.astype(np.float64))[..., 0]
-        return solved
 
 
 # --- fitting all -----------------------------------------------------------------------------------------------------
@@ -321,7 +194,9 @@ def fit(
     residuals = events.labels - mean - item_bias[events.items] - user_bias[events.users]
     ranks = ranks or ((32,) if events.labels.size > 300_000 else (8, 32))
     factorisations = [
-        Factorisation(mean, item_bias, fit_factors(events, residuals, rank, strength, rounds, seed), user_shrinkage, strength)
+        Factorisation(
+            mean, item_bias, fit_factors(events, residuals, rank, strength, rounds, seed), user_shrinkage, strength
+        )
         for rank in ranks
         for strength in REGULARISATION
     ]

@@ -7,11 +7,11 @@ with item 0, label 0 and mask False.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
-from metatrain.data.batch import Ragged, TaskBatch
+from metatrain.data.batch import TaskBatch
+from metatrain.data.columns import stored, take
 
 Array = np.ndarray
 
@@ -82,15 +82,8 @@ def newest_support(batch: TaskBatch, size: int) -> TaskBatch:
         event_items=np.asarray(batch.event_items)[kept],
         labels=np.asarray(batch.labels)[kept],
         timestamps=np.asarray(batch.timestamps)[kept],
-        event_features={name: _rows(column, kept) for name, column in batch.event_features.items()},
+        event_features={name: take(stored(c), np.flatnonzero(kept)) for name, c in batch.event_features.items()},
     )
-
-
-def _rows(column: Any, kept: Array) -> Any:
-    if isinstance(column, Ragged):
-        lengths = np.asarray(column.lengths)
-        return Ragged(np.asarray(column.values)[np.repeat(kept, lengths)], lengths[kept])
-    return np.asarray(column)[kept]
 
 
 def _positions(starts: Array, lengths: Array) -> tuple[Array, Array]:

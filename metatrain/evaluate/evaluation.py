@@ -1,0 +1,175 @@
+"""`evaluate_run`: measures a trained run through the recommender that serves it, beside the baselines.
+
+Nothing is tuned on what is reported: the baselines' settings are chosen on validation users.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from tqdm import tqdm
+
+from metatrain.config import EpisodeConfig, EvaluateConfig
+from metatrain.data.batch import TaskBatch
+from metatrain.data.dataset import TaskDataset
+from metatrain.data.manifest import ItemSet, Split
+from metatrain.data.reader import iterate
+from metatrain.errors import CheckpointError
+from metatrain.evaluate import baselines
+from metatrain.evaluate.protocols import PARTITIONS, Judge, Measured, Partition, draws_of, measure
+from metatrain.evaluate.report import ADAPTED, UNADAPTED, Report
+from metatrain.evaluate.tasks import PaddedTasks, padded
+from metatrain.evaluate.training_events import TrainingEvents, training_events
+from metatrain.recommend.recommender import Recommender
+
+#: Every event of every task with one at least: the last is called query, and counted in again.
+_ALL_EVENTS = EpisodeConfig(support_min=0, support_max=1_000_000_000, query_min=1, query_max=1)
+#: Validation tasks that the baselines' settings are chosen on.
+_VALIDATION_TASKS = 2_000
+
+
+def evaluate_run(
+    run_url: str,
+    *,
+    checkpoint: int | None = None,
+    evaluate: EvaluateConfig | None = None,
+    dataset: str | None = None,
+    write: bool = True,
+    progress: bool = True,
+) -> Report:
+    """Evaluates a run and publishes the report in its folder.
+
+    Args:
+        run_url: Folder of the run.
+        checkpoint: Step of the checkpoint. Default: the best by validation loss, or the newest.
+        evaluate: Another protocol than the run's own.
+        dataset: Where the run's dataset now lies, if not where it was trained.
+        write: Whether `evaluation.json`, `.txt` and `.png` are written.
+        progress: Whether a terminal shows a bar.
+
+    Raises:
+        CheckpointError: No checkpoint, or one of another model or dataset, or scores that are not finite.
+        DatasetError: The dataset is missing or broken.
+    """
+    recommender = Recommender.load(run_url, checkpoint=checkpoint, dataset=dataset)
+    report = evaluate_recommender(recommender, evaluate or recommender.config.evaluate, progress=progress)
+    if write:
+        report.write(recommender.run_url)
+    return report
+
+
+def evaluate_recommender(recommender: Recommender, config: EvaluateConfig, *, progress: bool = False) -> Report:
+    """Evaluates a loaded recommender; nothing is written."""
+    dataset = recommender.dataset
+    judge = Judge(dataset.schema, config)
+    fitted = fit_baselines(dataset, judge)
+    orders_alone = frozenset(b.name for b in fitted.baselines if not b.predicts)
+
+    def score_all(batch: TaskBatch, tasks: PaddedTasks) -> dict[str, np.ndarray]:
+        scores = recommender.scores(batch)
+        # NaN would pass for "undefined" in the metrics, and a broken model would look no worse.
+        if not (np.isfinite(scores.after[scores.mask]).all() and np.isfinite(scores.before[scores.mask]).all()):
+            raise CheckpointError(
+                "The model gives scores that are not finite.",
+                where=f"{recommender.run_url}, checkpoint {recommender.step}",
+                remedy="Evaluate an earlier checkpoint, and train again with a lower `meta.rate`.",
+            )
+        return {ADAPTED: scores.after, UNADAPTED: scores.before} | {b.name: b.scores(tasks) for b in fitted.baselines}
+
+    measured: dict[str, Measured] = {}
+    notes = list(fitted.notes)
+    for partition in PARTITIONS:
+        if not dataset.manifest.tasks.get(partition.split, 0):
+            notes.append(f"{partition.name}: left out, the dataset has no {partition.split.value} users.")
+        elif partition.items is ItemSet.NEW and not dataset.manifest.new_items:
+            notes.append(f"{partition.name}: left out, the dataset has no new items.")
+        else:
+            bar = _bar(dataset, partition, config) if progress else None
+            measured[partition.name] = measure(
+                partition, _batches(dataset, partition, config, bar), score_all, judge, orders_alone
+            )
+            if bar is not None:
+                bar.close()
+    for result in measured.values():
+        notes.extend(result.notes)
+    return Report(
+        dataset=dataset.manifest.name,
+        run=recommender.config.run.name,
+        checkpoint=recommender.step,
+        configuration=config.model_dump(mode="json"),
+        rows=tuple(row for m in measured.values() for row in m.rows),
+        by_support_size=tuple(row for m in measured.values() for row in m.by_support_size),
+        partitions={p.name: p.words for p in PARTITIONS if p.name in measured and measured[p.name].rows},
+        notes=tuple(notes),
+        facts={
+            "dataset_url": dataset.url,
+            "dataset_fingerprint": dataset.fingerprint,
+            "run_url": recommender.run_url,
+            "relevant_from": judge.relevant_from,
+            "baselines": fitted.chosen,
+            "tasks_outside_bounds": {name: m.skipped for name, m in measured.items()},
+            "dataset": dataset.manifest.facts,
+        },
+    )
+
+
+def fit_baselines(dataset: TaskDataset, judge: Judge) -> baselines.Fitted:
+    """The baselines of a dataset: training users' events on existing items; settings chosen on validation users."""
+    config = judge.config
+
+    def validation() -> Iterator[PaddedTasks]:
+        count = 0
+        if not dataset.manifest.tasks.get(Split.VALIDATION, 0):
+            return
+        for batch in iterate(
+            dataset,
+            Split.VALIDATION,
+            ItemSet.EXISTING,
+            config.episode,
+            seed=config.seed,
+            tasks_per_batch=config.tasks_per_batch,
+            features=(),
+        ):
+            if batch.size:
+                yield padded(batch)
+            count += batch.size
+            if count >= _VALIDATION_TASKS:
+                return
+
+    return baselines.fit(
+        _training_events(dataset),
+        np.asarray(dataset.catalogue.training_events),
+        validation,
+        judge.loss,
+        seed=config.seed,
+    )
+
+
+def _training_events(dataset: TaskDataset) -> TrainingEvents:
+    batches = iterate(dataset, Split.TRAIN, ItemSet.EXISTING, _ALL_EVENTS, tasks_per_batch=1024, features=())
+    return training_events(batches, len(dataset.catalogue.new))
+
+
+def _batches(dataset: TaskDataset, partition: Partition, config: EvaluateConfig, bar: tqdm | None):
+    def of_draw(draw: int) -> Iterator[TaskBatch]:
+        for batch in iterate(
+            dataset,
+            partition.split,
+            partition.items,
+            config.episode,
+            seed=config.seed,
+            epoch=draw,
+            tasks_per_batch=config.tasks_per_batch,
+        ):
+            yield batch
+            if bar is not None:
+                bar.update(batch.size + batch.skipped)
+
+    return of_draw
+
+
+def _bar(dataset: TaskDataset, partition: Partition, config: EvaluateConfig) -> tqdm:
+    total = dataset.manifest.tasks[partition.split] * draws_of(config)
+    # disable=None: no bar where standard error is no terminal.
+    return tqdm(total=total, desc=f"evaluate: {partition.name}", unit="task", leave=False, disable=None)
