@@ -79,6 +79,27 @@ def list_folder(url: str) -> list[str]:
         return []
 
 
+def file_sizes(url: str) -> dict[str, int]:
+    """Name (last path part) → size in bytes of the files in a folder, by one listing; empty where there is none."""
+    fs, path = filesystem(url)
+
+    def sizes() -> dict[str, int]:
+        fs.invalidate_cache(path)
+        listed = fs.ls(path, detail=True)
+        return {posixpath.basename(entry["name"]): int(entry["size"]) for entry in listed if entry["type"] != "directory"}
+
+    try:
+        return retried(sizes)
+    except FileNotFoundError:
+        return {}
+
+
+def is_local(url: str) -> bool:
+    """Whether the URL is a path on this machine's disks."""
+    fs, _ = filesystem(url)
+    return "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
+
+
 def make_folder(url: str) -> None:
     """Makes a folder and its parents where the store has folders."""
     fs, path = filesystem(url)
@@ -112,8 +133,7 @@ def write_atomic(url: str, data: bytes | str) -> None:
     """
     content = data.encode("utf-8") if isinstance(data, str) else data
     fs, path = filesystem(url)
-    local = "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
-    if not local:
+    if not is_local(url):
         retried(lambda: fs.pipe_file(path, content))
         return
 

@@ -1,0 +1,115 @@
+"""Episodes: which of a task's events are support and which are query, for many tasks at once.
+
+The draw of a task is a function of (seed, epoch, the task's ordinal, the event's position) alone: never of the other
+tasks in the batch, nor of who reads it. Pure numpy; no loop over tasks.
+
+A task of n events, bounds support_min 1, support_max 3, query_max 2::
+
+    time, last     . . . s s s q q         query: the last min(query_max, n - support_min) events
+    time, uniform  . s s s q q . .         query: begins at a point drawn among those that leave support_min before
+                                           and query_min behind; support: the latest support_max before it
+    random         s q . s . . q s         query: a draw of min(query_max, n - support_min); support: a draw of the rest
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from metatrain.config import EpisodeConfig
+from metatrain.data.randomness import below, hashed
+from metatrain.errors import ConfigError
+
+# Tags that keep these draws apart from one another and from the plan's.
+_CUT, _DRAW = 3, 4
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The chosen events of the eligible tasks (K of them, N events), in the order of a `TaskBatch`."""
+
+    tasks: np.ndarray  # int64 [K]: positions of the eligible tasks among those given
+    support_lengths: np.ndarray  # int64 [K]
+    query_lengths: np.ndarray  # int64 [K]
+    events: np.ndarray  # int64 [N]: a task's support, then its query, each in time order; see `starts`
+    skipped: int  # tasks given that are not eligible
+
+
+def split_events(
+    lengths: np.ndarray,
+    episode: EpisodeConfig,
+    seed: int,
+    epoch: int,
+    ordinals: np.ndarray,
+    starts: np.ndarray | None = None,
+) -> Selection:
+    """Chooses support and query of each task.
+
+    Args:
+        lengths: Events of each task, in time order: int64 [T].
+        episode: How, and the bounds. A task outside of them is left out and counted.
+        seed: Seed of the draws.
+        epoch: Another epoch is another draw.
+        ordinals: Each task's number in the split: int64 [T].
+        starts: Where each task's events begin in the columns that `Selection.events` points into: int64 [T].
+            Default: the tasks' events are behind one another.
+
+    Raises:
+        ConfigError: Bounds that contradict one another.
+    """
+    if episode.support_min > episode.support_max or episode.query_min > episode.query_max:
+        raise ConfigError(
+            "An episode's least size is above its greatest.",
+            got=f"support {episode.support_min}…{episode.support_max}, query {episode.query_min}…{episode.query_max}",
+            remedy="Change support_min, support_max, query_min or query_max.",
+        )
+    lengths = np.asarray(lengths, np.int64)
+    if starts is None:
+        starts = np.cumsum(lengths) - lengths
+    least = max(episode.support_min + episode.query_min, episode.events_min)
+    tasks = np.flatnonzero((lengths >= least) & (lengths <= episode.events_max))
+    n, first, who = lengths[tasks], np.asarray(starts, np.int64)[tasks], np.asarray(ordinals, np.int64)[tasks]
+    if episode.by == "random":
+        support, query, events = _at_random(n, first, who, episode, seed, epoch)
+    else:
+        support, query, events = _by_time(n, first, who, episode, seed, epoch)
+    return Selection(tasks, support, query, events, skipped=len(lengths) - len(tasks))
+
+
+def segments(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The positions start, start + 1, … of each segment, behind one another: int64 [sum of lengths]."""
+    before = np.cumsum(lengths) - lengths
+    return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))
+
+
+def _by_time(
+    n: np.ndarray, first: np.ndarray, ordinals: np.ndarray, episode: EpisodeConfig, seed: int, epoch: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    if episode.cut == "last":
+        cut = n - np.minimum(episode.query_max, n - episode.support_min)
+    else:
+        choices = n - episode.support_min - episode.query_min + 1
+        cut = episode.support_min + below(choices, hashed(_CUT, seed, epoch, ordinals))
+    support = np.minimum(cut, episode.support_max)
+    query = np.minimum(n - cut, episode.query_max)
+    # Support ends where the query begins: one run of events a task.
+    return support, query, segments(first + cut - support, support + query)
+
+
+def _at_random(
+    n: np.ndarray, first: np.ndarray, ordinals: np.ndarray, episode: EpisodeConfig, seed: int, epoch: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    query = np.minimum(episode.query_max, n - episode.support_min)
+    support = np.minimum(episode.support_max, n - query)
+    task = np.repeat(np.arange(len(n)), n)
+    position = segments(np.zeros_like(n), n)
+    draw = hashed(hashed(_DRAW, seed, epoch, ordinals)[task], position)
+    shuffled = np.lexsort((draw, task))  # within each task, its events by their draw
+    rank = np.empty_like(position)
+    rank[shuffled] = position
+    is_query = rank < query[task]
+    chosen = np.flatnonzero(rank < (query + support)[task])
+    # Stable: time order stays within a task's support and within its query.
+    order = np.argsort(task[chosen] * 2 + is_query[chosen], kind="stable")
+    return support, query, (first[task] + position)[chosen[order]]
