@@ -63,9 +63,9 @@ class Report:
     checks: tuple[Check, ...]
 
     @property
-    def exit_status(self) -> int:
-        """1 where any check failed, else 0."""
-        return int(any(check.status is Status.FAIL for check in self.checks))
+    def healthy(self) -> bool:
+        """Whether no check failed."""
+        return all(check.status is not Status.FAIL for check in self.checks)
 
     def render(self) -> str:
         """A table, a line a check, a remedy under each that is not well; the verdict last."""
