@@ -62,7 +62,9 @@ runtime() {
 
 package() {
     say "installing metatrain, editable"
-    add --no-deps --no-build-isolation --editable .
+    # Shown only if it fails: the build prints a warning about every editable install.
+    output=$(add --no-deps --no-build-isolation --editable . 2>&1) || fail "pip could not install it:
+$output"
 }
 
 development() {
