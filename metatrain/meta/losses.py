@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import huber_loss, softplus
 
 #: scores and labels of any one shape → a loss of each event, the same shape.
 EventLoss = Callable[[Tensor, Tensor], Tensor]
@@ -23,10 +22,10 @@ def event_loss(name: str, huber_delta: float = 1.0) -> EventLoss:
     if name == "absolute":
         return lambda scores, labels: (scores - labels).abs()
     if name == "huber":
-        return lambda scores, labels: F.huber_loss(scores, labels, reduction="none", delta=huber_delta)
+        return lambda scores, labels: huber_loss(scores, labels, reduction="none", delta=huber_delta)
     if name == "binary_cross_entropy":
-        # Written out: exact, and twice differentiable under vmap.
-        return lambda scores, labels: torch.clamp(scores, min=0) - scores * labels + F.softplus(-scores.abs())
+        # Smooth everywhere: forms with |score| have the wrong gradient at a score of exactly 0, where training starts.
+        return lambda scores, labels: softplus(scores) - scores * labels
     raise ValueError(f"unknown loss {name!r}: squared, absolute, huber or binary_cross_entropy")
 
 

@@ -1,0 +1,156 @@
+"""Inner-loop engines: adapt all tasks of a batch at once, each as if it were alone.
+
+An engine is pure: it is given every tensor it reads (no hidden module state) and returns new ones, differentiable to
+them. So a meta-learner may call it on parts of a batch, under `torch.no_grad`, or on one rank of many.
+
+Symbols: T tasks, E events (padded), R rows of an adapted feature in a task (padded), D embedding width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from metatrain.meta.episode import Examples, Slots, concatenate
+from metatrain.meta.losses import EventLoss, mean_over_events
+
+#: Name → tensor: parameters and buffers of a base learner, or fast weights with a leading axis of tasks.
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class FastWeights:
+    """Adapted copies, one a task: `weights` of the parameters that adapt, `rows` of the adapted embedding rows.
+
+    What does not adapt is absent from `weights`; `rows` always has every adapted feature, `[T, R, D]`.
+    """
+
+    weights: Tensors  # parameter name → [T, *shape]
+    rows: Tensors  # adapted feature → [T, R, D]
+
+    def tasks(self, start: int, stop: int) -> FastWeights:
+        """The tasks from `start` to `stop`."""
+        return FastWeights(
+            {name: weight[start:stop] for name, weight in self.weights.items()},
+            {name: rows[start:stop] for name, rows in self.rows.items()},
+        )
+
+
+class Engine(Protocol):
+    """What a meta-learner asks of an inner loop. Implement it to add another engine (see `VmapEngine`)."""
+
+    def adapt(
+        self,
+        parameters: Tensors,
+        adapted: tuple[str, ...],
+        rates: list[dict[str, Tensor]],
+        support: Examples,
+        rows: Tensors,
+    ) -> FastWeights:
+        """Gradient steps on each task's mean support loss, from the shared parameters.
+
+        Args:
+            parameters: All parameters and buffers of the base learner.
+            adapted: Names of those that adapt.
+            rates: One entry a step: the rate (a scalar tensor) of each adapted parameter and, under `rows:NAME`, of
+                each adapted feature.
+            support: Support of T tasks; a task without any event keeps the shared parameters.
+            rows: Adapted feature → initial rows [T, R, D].
+        """
+        ...
+
+    def predict(self, parameters: Tensors, fast: FastWeights, examples: Examples) -> Tensor:
+        """Scores [T, E] of each task's events with its fast weights."""
+        ...
+
+
+def rows_key(feature: str) -> str:
+    """The name under which the rates hold an adapted feature's rows."""
+    return f"rows:{feature}"
+
+
+class VmapEngine:
+    """Any base learner, through torch.func: `vmap` over tasks of `grad` of `functional_call`.
+
+    Args:
+        learner: Maps inputs [..., E, F + ΣD] to scores [..., E].
+        loss: Loss of a support event.
+        order: 2 differentiates through the inner gradients; 1 takes them as constants, which is exactly the
+            first-order approximation of Finn et al. 2017, section 5.2.
+        precision: Type in which the base learner's products run (torch.autocast); None: as its weights.
+    """
+
+    def __init__(
+        self, learner: nn.Module, loss: EventLoss, order: int = 2, precision: torch.dtype | None = None
+    ) -> None:
+        self._learner, self._loss, self._order, self._precision = learner, loss, order, precision
+
+    def adapt(
+        self,
+        parameters: Tensors,
+        adapted: tuple[str, ...],
+        rates: list[dict[str, Tensor]],
+        support: Examples,
+        rows: Tensors,
+    ) -> FastWeights:
+        """See `Engine.adapt`."""
+        tasks = support.labels.shape[0]
+        if not rates:
+            return FastWeights({name: _a_copy_each(parameters[name], tasks) for name in adapted}, dict(rows))
+        if self._order == 1:
+            # The inner gradients are taken at detached points, so no graph of them is ever built.
+            inner = {name: p.detach() for name, p in parameters.items()}
+            support = Examples(support.x.detach(), support.slots, support.labels, support.mask)
+        else:
+            inner = parameters
+
+        def task_loss(
+            weights: Tensors, rows: Tensors, x: Tensor, slots: dict[str, Slots], labels: Tensor, mask: Tensor
+        ) -> Tensor:
+            scores = self._scores({**inner, **weights}, rows, x, slots)
+            return mean_over_events(self._loss(scores.to(labels.dtype), labels), mask)
+
+        gradient = grad(task_loss, argnums=(0, 1))
+        events = (support.x, support.slots, support.labels, support.mask)
+        weights: Tensors = {name: parameters[name] for name in adapted}
+        rows = dict(rows)
+        axis: int | None = None  # the first step starts from weights that all tasks share: one product, not T
+        for step_rates in rates:
+            at = (weights, rows) if self._order == 2 else (_detached(weights), _detached(rows))
+            by_weight, by_row = vmap(gradient, in_dims=(axis, 0, 0, 0, 0, 0))(*at, *events)
+            weights = {name: weights[name] - step_rates[name] * by_weight[name] for name in weights}
+            rows = {name: rows[name] - step_rates[rows_key(name)] * by_row[name] for name in rows}
+            axis = 0
+        return FastWeights(weights, rows)
+
+    def predict(self, parameters: Tensors, fast: FastWeights, examples: Examples) -> Tensor:
+        """See `Engine.predict`."""
+
+        def task_scores(weights: Tensors, rows: Tensors, x: Tensor, slots: dict[str, Slots]) -> Tensor:
+            return self._scores({**parameters, **weights}, rows, x, slots)
+
+        return vmap(task_scores)(fast.weights, fast.rows, examples.x, examples.slots).to(examples.labels.dtype)
+
+    def _scores(self, parameters: Tensors, rows: Tensors, x: Tensor, slots: dict[str, Slots]) -> Tensor:
+        inputs = concatenate(x, rows, slots)
+        with self._autocast(x.device.type):
+            return functional_call(self._learner, parameters, (inputs,))
+
+    def _autocast(self, device: str) -> contextlib.AbstractContextManager[object]:
+        if self._precision is None:
+            return contextlib.nullcontext()
+        # The cache of casts would hold tensors of one vmap level into the next.
+        return torch.autocast(device, dtype=self._precision, cache_enabled=False)
+
+
+def _a_copy_each(parameter: Tensor, tasks: int) -> Tensor:
+    return parameter.unsqueeze(0).expand(tasks, *parameter.shape)
+
+
+def _detached(tensors: Tensors) -> Tensors:
+    return {name: tensor.detach() for name, tensor in tensors.items()}

@@ -1,0 +1,207 @@
+"""MAML: a start from which a few gradient steps on a task's support fit its query.
+
+Finn, Abbeel and Levine 2017, "Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks": the inner loop is
+their equation in section 2.2, θ'ᵢ = θ − α ∇ L_support(θ), taken k times; the outer loss is their equation 1,
+Σᵢ L_query(θ'ᵢ). Learned rates, one a parameter tensor a step, are those of Antoniou, Edwards and Storkey 2019, "How
+to train your MAML", section 4 (LSLR).
+
+The module's forward is the whole meta-loss, so that DistributedDataParallel around it averages exactly the
+meta-gradient. Symbols: T tasks, E events (padded), R rows of an adapted feature in a task, D embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from metatrain.meta.engine import Engine, FastWeights, Tensors, VmapEngine, rows_key
+from metatrain.meta.episode import Episodes, Examples
+from metatrain.meta.losses import event_loss, mean_over_events
+
+
+class QueryLoss(NamedTuple):
+    """The meta-loss of T tasks."""
+
+    total: Tensor  # scalar to differentiate: the sum over tasks of each one's mean query loss after adaptation
+    after: Tensor  # [T], detached: each task's mean query loss after adaptation
+    before: Tensor  # [T], detached: the same with the shared parameters
+
+
+class MAML(nn.Module):
+    """Model-agnostic meta-learning around any base learner.
+
+    Args:
+        learner: Maps inputs [..., E, F + ΣD] to scores [..., E] (see `episode.concatenate` for the inputs' order).
+        order: 2, or 1 for first-order MAML.
+        steps: Inner steps; 0 leaves every task unadapted.
+        rate: Inner rate; where rates are learned, their start.
+        learn_rates: Whether each parameter tensor has a learned rate of its own in every step.
+        adapt: Shell patterns over the learner's parameter names: what adapts.
+        adapt_rows: Features whose embedding rows adapt, in each task its own copy.
+        chunk: Tasks adapted at a time, 0 for all: at most one chunk's graph is in memory.
+        loss, inner_loss: Names of the query's and the support's event loss (see `losses.event_loss`).
+        huber_delta: For the Huber loss.
+        precision: Type of the base learner's products under torch.autocast; losses stay in the labels' type.
+
+    Raises:
+        ValueError: A pattern that matches no parameter, or an unknown loss.
+    """
+
+    def __init__(
+        self,
+        learner: nn.Module,
+        *,
+        order: int = 2,
+        steps: int = 1,
+        rate: float = 0.01,
+        learn_rates: bool = False,
+        adapt: Iterable[str] = ("*",),
+        adapt_rows: Iterable[str] = (),
+        chunk: int = 0,
+        loss: str = "squared",
+        inner_loss: str | None = None,
+        huber_delta: float = 1.0,
+        precision: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.learner = learner
+        self.steps, self.chunk = steps, chunk
+        self.adapted = matching_parameters(learner, adapt)
+        self.adapt_rows = tuple(sorted(adapt_rows))
+        self._loss = event_loss(loss, huber_delta)
+        self._engine: Engine = VmapEngine(learner, event_loss(inner_loss or loss, huber_delta), order, precision)
+        #: What the columns of `rates` belong to.
+        self.rate_names = (*self.adapted, *(rows_key(name) for name in self.adapt_rows))
+        rates = torch.full((steps, len(self.rate_names)), float(rate))
+        if learn_rates and rates.numel():
+            self.rates = nn.Parameter(rates)
+        else:
+            # Not part of the state: it comes from the configuration, and nothing changes it.
+            self.register_buffer("rates", rates, persistent=False)
+
+    def adapt(self, support: Examples, rows: Tensors, steps: int | None = None) -> FastWeights:
+        """Fast weights of T tasks from their support.
+
+        Args:
+            support: What each task adapts on; a task without events keeps the shared parameters.
+            rows: Adapted feature → initial rows [T, R, D].
+            steps: Fewer steps than the module's; 0 gives the unadapted weights.
+        """
+        return self._adapt(self._parameters_and_buffers(), self.rates, support, rows, steps)
+
+    def predict(self, fast: FastWeights, examples: Examples) -> Tensor:
+        """Scores [T, E] of each task's events with its fast weights; labels of `examples` are not read."""
+        return self._engine.predict(self._parameters_and_buffers(), fast, examples)
+
+    def forward(self, episodes: Episodes) -> QueryLoss:
+        """The sum of the tasks' query losses after adaptation, and each before and after."""
+        if self.chunk and self.chunk < episodes.size:
+            return self._by_chunks(episodes)
+        return self._query_loss(self._parameters_and_buffers(), self.rates, episodes)
+
+    def _query_loss(self, parameters: Tensors, rates: Tensor, episodes: Episodes) -> QueryLoss:
+        fast = self._adapt(parameters, rates, episodes.support, episodes.rows)
+        after = self._task_losses(self._engine.predict(parameters, fast, episodes.query), episodes.query)
+        with torch.no_grad():
+            shared = FastWeights({}, episodes.rows)
+            before = self._task_losses(self._engine.predict(parameters, shared, episodes.query), episodes.query)
+        return QueryLoss(after.sum(), after.detach(), before)
+
+    def _task_losses(self, scores: Tensor, query: Examples) -> Tensor:
+        return mean_over_events(self._loss(scores, query.labels), query.mask)
+
+    def _adapt(
+        self, parameters: Tensors, rates: Tensor, support: Examples, rows: Tensors, steps: int | None = None
+    ) -> FastWeights:
+        taken = self.steps if steps is None else min(steps, self.steps)
+        step_rates = [dict(zip(self.rate_names, rates[step].unbind(), strict=True)) for step in range(taken)]
+        return self._engine.adapt(parameters, self.adapted, step_rates, support, rows)
+
+    def _parameters_and_buffers(self) -> Tensors:
+        return {**dict(self.learner.named_parameters()), **dict(self.learner.named_buffers())}
+
+    def _by_chunks(self, episodes: Episodes) -> QueryLoss:
+        parameters = self._parameters_and_buffers()
+        names, features = list(parameters), list(episodes.rows)
+        support, query = episodes.support, episodes.query
+
+        def part(shared: list[Tensor], own: list[Tensor], start: int, stop: int) -> QueryLoss:
+            rates, *values = shared
+            x_support, x_query, *rows = own
+            of_support, of_query = support.tasks(start, stop), query.tasks(start, stop)
+            return self._query_loss(
+                dict(zip(names, values, strict=True)),
+                rates,
+                Episodes(
+                    Examples(x_support, of_support.slots, of_support.labels, of_support.mask),
+                    Examples(x_query, of_query.slots, of_query.labels, of_query.mask),
+                    dict(zip(features, rows, strict=True)),
+                ),
+            )
+
+        shared = [self.rates, *parameters.values()]
+        own = [support.x, query.x, *episodes.rows.values()]
+        total, after, before = _ChunkedLoss.apply(part, self.chunk, len(shared), *shared, *own)
+        return QueryLoss(total, after, before)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """A sum over tasks whose gradient is taken chunk by chunk in the forward pass, and only scaled in the backward.
+
+    Keeping each chunk's graph for one common backward would hold as much memory as no chunks at all; recomputing
+    would double the work. The gradients kept are as large as the inputs.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, part: Callable[..., QueryLoss], chunk: int, count: int, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        needed = ctx.needs_input_grad[3:]
+        shared = [t.detach().requires_grad_(need) for t, need in zip(tensors[:count], needed[:count], strict=True)]
+        own, own_needed = tensors[count:], needed[count:]
+        gradients = [torch.zeros_like(t) if need else None for t, need in zip(tensors, needed, strict=True)]
+        losses: list[QueryLoss] = []
+        for start in range(0, own[0].shape[0], chunk):
+            stop = min(start + chunk, own[0].shape[0])
+            pieces = [t[start:stop].detach().requires_grad_(need) for t, need in zip(own, own_needed, strict=True)]
+            with torch.set_grad_enabled(any(needed)):
+                loss = part(shared, pieces, start, stop)
+            losses.append(QueryLoss(loss.total.detach(), loss.after, loss.before))
+            leaves = [(i, t) for i, t in enumerate([*shared, *pieces]) if t.requires_grad]
+            if not leaves:
+                continue
+            found = torch.autograd.grad(loss.total, [t for _, t in leaves], allow_unused=True)
+            for (i, _), gradient in zip(leaves, found, strict=True):
+                whole = gradients[i]
+                if gradient is not None and whole is not None:
+                    (whole if i < count else whole[start:stop]).add_(gradient)
+        ctx.gradients = gradients
+        after, before = torch.cat([loss.after for loss in losses]), torch.cat([loss.before for loss in losses])
+        ctx.mark_non_differentiable(after, before)
+        return torch.stack([loss.total for loss in losses]).sum(), after, before
+
+    @staticmethod
+    def backward(ctx: Any, by_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        scaled = [None if gradient is None else gradient * by_total for gradient in ctx.gradients]
+        ctx.gradients = None
+        return None, None, None, *scaled
+
+
+def matching_parameters(learner: nn.Module, patterns: Iterable[str]) -> tuple[str, ...]:
+    """Names of the learner's parameters that match any of the shell patterns, in the learner's order.
+
+    Raises:
+        ValueError: A pattern that matches none; the message lists the names there are.
+    """
+    names = [name for name, _ in learner.named_parameters()]
+    chosen: set[str] = set()
+    for pattern in patterns:
+        found = {name for name in names if fnmatchcase(name, pattern)}
+        if not found:
+            raise ValueError(f"the pattern {pattern!r} matches no parameter of the base learner: {', '.join(names)}")
+        chosen |= found
+    return tuple(name for name in names if name in chosen)

@@ -1,0 +1,274 @@
+"""The whole model: tables, features, and a meta-learner around a base learner. Its forward is the whole meta-loss.
+
+The same module trains (after `tables.distribute`), and scores without any process group: `build_model`, load the
+checkpoint's tensors, then `adapted_scores`, or `adapt` once and `score_items` as often as needed.
+
+Symbols: T tasks, Q query events (padded), C candidates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from metatrain.config import Config
+from metatrain.data.batch import Column, Ragged, TaskBatch
+from metatrain.data.schema import Kind, LabelKind, Level, Schema
+from metatrain.errors import ConfigError
+from metatrain.meta.engine import FastWeights
+from metatrain.meta.episode import Examples, Slots
+from metatrain.meta.maml import MAML
+from metatrain.model.features import Assembled, Featurizer, candidate_slots
+from metatrain.model.learners.mlp import MLP
+from metatrain.model.tables import Tables
+
+_PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
+# A share of clicks of exactly 0 or 1 has no finite logit.
+_LEAST_SHARE = 1e-4
+
+
+class StepOutput(NamedTuple):
+    """One rank's part of a training step. All but `loss` are detached, and unscaled sums over this rank's tasks."""
+
+    loss: Tensor  # scalar for backward: the mean of the ranks' losses is the meta-loss of the global batch
+    before: Tensor  # scalar: sum of the tasks' mean query losses with the shared parameters
+    after: Tensor  # scalar: the same after adaptation
+    gains: Tensor  # [T]: before - after of each task
+    tasks: int  # T
+
+
+class Scores(NamedTuple):
+    """Scores of query events; for clicks under binary cross-entropy they are logits. Padding has mask 0."""
+
+    before: Tensor  # [T, Q], with the shared parameters
+    after: Tensor  # [T, Q], adapted on the support
+    mask: Tensor  # float [T, Q]
+
+
+@dataclass(frozen=True)
+class AdaptedTasks:
+    """Tasks that are ready to score items: `MetaModel.adapt` makes it."""
+
+    fast: FastWeights
+    assembled: Assembled
+
+    @property
+    def size(self) -> int:
+        """Number of tasks, T."""
+        return self.assembled.episodes.size
+
+
+class MetaModel(nn.Module):
+    """Tables, features and meta-learner. Made by `build_model`."""
+
+    def __init__(self, tables: Tables, featurizer: Featurizer, meta: MAML, table_decay: float = 0.0) -> None:
+        super().__init__()
+        self.tables, self.featurizer, self.meta = tables, featurizer, meta
+        self._table_decay = table_decay
+
+    def forward(self, batch: TaskBatch, step: int, tasks_global: Tensor | float, world_size: int = 1) -> StepOutput:
+        """The meta-loss of this rank's tasks; every rank must call it, if only with a batch of no tasks.
+
+        The loss is world_size / tasks_global × (sum of this rank's tasks' query losses), so that the mean over ranks
+        that DDP and the tables take is the mean over the global batch. With `table_decay` d, the step also adds
+        ½ d × (sum of squares of the distinct rows that the global batch looks up), so that each of these rows gets
+        the gradient d × row, at any world size.
+
+        Args:
+            batch: Tensors of this rank's tasks.
+            step: Training step, for id dropout.
+            tasks_global: Tasks of all ranks together.
+            world_size: Number of ranks.
+        """
+        ids = self.featurizer.ids(batch, step if self.training else None)
+        found = self.tables.lookup(ids)
+        if batch.size:
+            losses = self.meta(self.featurizer.assemble(batch, found.features, ids).episodes)
+            total, after, before = losses.total, losses.after, losses.before
+        else:
+            # Other ranks wait for this one's gradients, dense ones and rows' alike.
+            total = torch.stack(
+                [0.0 * parameter.sum() for parameter in self.meta.parameters()]
+                + [0.0 * rows.sum() for _, rows in found.tables.values()]
+            ).sum()
+            after = before = torch.zeros(0, device=total.device)
+        loss = total * (world_size / tasks_global)
+        if self._table_decay and torch.is_grad_enabled():
+            loss = loss + (0.5 * self._table_decay * world_size) * self.tables.touched_norm(found)
+        return StepOutput(loss, before.sum(), after.sum(), before - after, batch.size)
+
+    @torch.no_grad()
+    def adapted_scores(self, batch: TaskBatch) -> Scores:
+        """Scores of each task's query before and after adaptation on its support. Query labels are not read."""
+        assembled = self._assembled(batch)
+        episodes = assembled.episodes
+        if not batch.size:
+            nothing = episodes.query.labels
+            return Scores(nothing, nothing, episodes.query.mask)
+        before = self._in_chunks(episodes.query, FastWeights({}, episodes.rows), None)
+        after = self._in_chunks(episodes.query, FastWeights({}, episodes.rows), episodes.support)
+        return Scores(before, after, episodes.query.mask)
+
+    @torch.no_grad()
+    def adapt(self, batch: TaskBatch, steps: int | None = None) -> AdaptedTasks:
+        """Adapts to each task's support. The batch's query is not used and may be empty.
+
+        Args:
+            batch: Tensors, at least one task.
+            steps: Inner steps, fewer than the meta-learner's; 0: the unadapted model.
+        """
+        assembled = self._assembled(batch)
+        return AdaptedTasks(self.meta.adapt(assembled.episodes.support, assembled.episodes.rows, steps), assembled)
+
+    @torch.no_grad()
+    def score_items(self, adapted: AdaptedTasks, item_features: Mapping[str, Column]) -> Tensor:
+        """Scores [T, C] of candidates for each adapted task; features of events are as unknown (0).
+
+        Args:
+            adapted: From `adapt`.
+            item_features: The candidates' item features as tensors, C of each: a slice of the catalogue. Memory grows
+                with T × C × width, so call it for slices of the catalogue.
+        """
+        featurizer, assembled = self.featurizer, adapted.assembled
+        device = assembled.task_x.device
+        columns = {level: dict(item_features) if level is Level.ITEM else {} for level in Level}
+        for feature in featurizer.features:
+            if feature.level is Level.EVENT:
+                columns[Level.EVENT][feature.name] = _unknown(feature.kind, int(feature.width or 1), device)
+        ids: dict[str, Tensor] = {}
+        for feature in featurizer.features:
+            if feature.embedded and feature.level is not Level.TASK:
+                column = columns[feature.level][feature.name]
+                ids[feature.name] = column.values if isinstance(column, Ragged) else column
+        rows = self.tables(ids)
+        count, tasks = _count(item_features), adapted.size
+        item_x = featurizer.vectors(Level.ITEM, columns[Level.ITEM], rows, count)
+        event_x = featurizer.vectors(Level.EVENT, columns[Level.EVENT], rows, 1)
+        x = torch.cat(
+            [
+                assembled.task_x[:, None].expand(-1, count, -1),
+                item_x.expand(tasks, -1, -1),
+                event_x.expand(tasks, count, -1),
+            ],
+            dim=-1,
+        )
+        slots, own = {}, {}
+        for name, feature in featurizer.adapted.items():
+            own[name] = adapted.fast.rows[name]
+            if feature.level is Level.TASK:
+                slots[name] = Slots(*(t.expand(-1, count, -1) for t in assembled.task_slots[name]))
+                continue
+            column = columns[feature.level][name]
+            lengths = column.lengths if isinstance(column, Ragged) else torch.ones_like(ids[name])
+            of_ids = candidate_slots(assembled.row_ids[name], ids[name], lengths)
+            slots[name] = Slots(*(t.expand(-1, count, -1) for t in of_ids))
+            own[name] = torch.cat([own[name], rows[name].expand(tasks, -1, -1)], dim=1)
+        zeros = x.new_zeros(tasks, count)
+        return self.meta.predict(
+            FastWeights(adapted.fast.weights, own), Examples(x, slots, zeros, torch.ones_like(zeros))
+        )
+
+    def _assembled(self, batch: TaskBatch) -> Assembled:
+        ids = self.featurizer.ids(batch)
+        return self.featurizer.assemble(batch, self.tables(ids), ids)
+
+    def _in_chunks(self, query: Examples, fast: FastWeights, support: Examples | None) -> Tensor:
+        """Scores of the query, adapted on the support where one is given, at most `meta.chunk` tasks at a time."""
+        tasks = query.labels.shape[0]
+        chunk = self.meta.chunk or tasks
+        parts = []
+        for start in range(0, tasks, chunk):
+            own = fast.tasks(start, start + chunk)
+            if support is not None:
+                own = self.meta.adapt(support.tasks(start, start + chunk), own.rows)
+            parts.append(self.meta.predict(own, query.tasks(start, start + chunk)))
+        return torch.cat(parts)
+
+
+def build_model(
+    schema: Schema,
+    config: Config,
+    device: torch.device | str = "cpu",
+    *,
+    tables_device: torch.device | str | None = None,
+) -> MetaModel:
+    """The model of a configuration over a dataset's features, with the initial weights of `train.seed`.
+
+    Args:
+        schema: The dataset's.
+        config: The recipe.
+        device: Where the model computes.
+        tables_device: "meta" for a model that `tables.distribute` will shard. Default: `device`.
+
+    Raises:
+        ConfigError: A feature, pattern or loss that doesn't fit the dataset or the base learner.
+    """
+    model, meta, seed = config.model, config.meta, config.train.seed
+    featurizer = Featurizer(schema, model, meta.adapt_rows, seed)
+    if meta.loss == "binary_cross_entropy" and schema.label is not LabelKind.CLICK:
+        raise ConfigError(
+            "Binary cross-entropy is for clicks; this dataset's labels are ratings.",
+            where="meta.loss",
+            got=meta.loss,
+            remedy="Use squared, absolute or huber, or prepare the dataset with `label: click`.",
+        )
+    # Initial weights depend on the seed alone, and nobody else's random numbers on them.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        learner = MLP(featurizer.width, model.hidden, model.activation, model.skip, _offset(schema, meta.loss))
+        try:
+            maml = MAML(
+                learner,
+                order=meta.order,
+                steps=meta.steps,
+                rate=meta.rate,
+                learn_rates=meta.learned_rates == "layer_step",
+                adapt=meta.adapt,
+                adapt_rows=meta.adapt_rows,
+                chunk=meta.chunk,
+                loss=meta.loss,
+                inner_loss=meta.inner_loss,
+                huber_delta=meta.huber_delta,
+                precision=_PRECISIONS[config.train.precision],
+            )
+        except ValueError as error:
+            raise ConfigError(
+                str(error),
+                where="meta.adapt",
+                remedy="Patterns are over these names: `head.*`, `layers.0.weight`, `*`.",
+            ) from error
+    tables = Tables(
+        featurizer.table_specs(), dedup=model.dedup, device=tables_device or device, seed=seed, scale=model.init_scale
+    )
+    whole = MetaModel(tables, featurizer, maml, config.train.optimizer.table_decay)
+    whole.meta.to(device)
+    return whole
+
+
+def _offset(schema: Schema, loss: str) -> float:
+    """The score of an event about which nothing is known: the labels' mean, as a logit where scores are logits."""
+    if loss != "binary_cross_entropy":
+        return schema.label_mean
+    share = min(max(schema.label_mean, _LEAST_SHARE), 1 - _LEAST_SHARE)
+    return math.log(share / (1 - share))
+
+
+def _unknown(kind: Kind, width: int, device: torch.device) -> Column:
+    """A column of one entity about which nothing is known."""
+    if kind is Kind.CATEGORICAL:
+        return torch.zeros(1, dtype=torch.int64, device=device)
+    if kind is Kind.MULTI:
+        empty = torch.zeros(1, dtype=torch.int64, device=device)
+        return Ragged(empty[:0], empty)
+    return torch.zeros(1, width, device=device) if kind is Kind.VECTOR else torch.zeros(1, device=device)
+
+
+def _count(columns: Mapping[str, Column]) -> int:
+    """Number of entities in a level's columns."""
+    first = next(iter(columns.values()))
+    return int((first.lengths if isinstance(first, Ragged) else first).shape[0])

@@ -1,0 +1,383 @@
+"""Embedding tables: one lookup a step for all features, sharded by rows over the ranks, updated inside backward.
+
+The only importer of TorchRec. `Tables` alone is an unsharded module that works without a process group (evaluation,
+recommendation); `distribute` shards the tables of a module in place, wraps its dense part in
+DistributedDataParallel, and fuses the tables' optimizer into the backward pass.
+
+A table's gradient is the mean over ranks of the gradients of their losses, as DDP's is for dense parameters.
+
+Symbols: n_f ids of a feature, K ids of a table in a step (unique ones, where they are deduplicated), D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from torch import Tensor, nn
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn.parallel import DistributedDataParallel
+from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEmbeddingCollection
+from torchrec.distributed.model_parallel import (
+    DefaultDataParallelWrapper,
+    DistributedModelParallel,
+    get_unwrapped_module,
+)
+from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise
+from torchrec.distributed.types import ShardingEnv, ShardingPlan
+from torchrec.modules.embedding_configs import EmbeddingConfig
+from torchrec.modules.embedding_modules import EmbeddingCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from metatrain.config import OptimizerConfig
+from metatrain.errors import CheckpointError, DatasetError
+from metatrain.model import hashing
+
+#: Prefix of the fused optimizer's tensors in `Distributed.state_dict`.
+OPTIMIZER_PREFIX = "table_optimizer."
+
+_OPTIMIZERS = {
+    "sgd": EmbOptimType.EXACT_SGD,
+    "adagrad": EmbOptimType.EXACT_ADAGRAD,
+    "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+}
+# Rows initialised at a time hold at most this many numbers: the hash needs some ten temporaries of that size.
+_INITIALISED_AT_ONCE = 1 << 20
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """One table: its rows, their width, and the features that look ids up in it."""
+
+    name: str
+    rows: int
+    width: int
+    features: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """What one lookup brought."""
+
+    features: dict[str, Tensor]  # feature → [n_f, D], a row for each of its ids
+    tables: dict[str, tuple[Tensor, Tensor]]  # table → the ids looked up [K], their rows [K, D]
+
+
+class Tables(nn.Module):
+    """The embedding tables of a model.
+
+    TorchRec wants one width a collection, so there is a collection (and an exchange between ranks) for each
+    different width.
+
+    Args:
+        specs: The tables; a feature is in exactly one of them.
+        dedup: Look each id of a table up once a step, for all features that share it.
+        device: Where the unsharded tables live; "meta" for tables that `distribute` is to shard, so that no rank
+            ever holds a whole one.
+        seed, scale: Of the initial rows (see `initialise`).
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[TableSpec],
+        *,
+        dedup: bool,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        scale: float = 0.05,
+    ) -> None:
+        super().__init__()
+        self.specs, self._dedup, self._seed, self._scale = tuple(specs), dedup, seed, scale
+        self.table_of = {feature: spec for spec in self.specs for feature in spec.features}
+        self._by_width: dict[str, list[TableSpec]] = {}
+        for spec in self.specs:
+            self._by_width.setdefault(f"width_{spec.width}", []).append(spec)
+        self.collections = nn.ModuleDict(
+            {
+                width: EmbeddingCollection(
+                    [
+                        EmbeddingConfig(
+                            name=spec.name,
+                            num_embeddings=spec.rows,
+                            embedding_dim=spec.width,
+                            feature_names=[spec.name],
+                        )
+                        for spec in specs
+                    ],
+                    device=torch.device(device),
+                )
+                for width, specs in self._by_width.items()
+            }
+        )
+        self.initialise()
+
+    def forward(self, ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Feature → its ids' rows: int64 [n_f] → float32 [n_f, D]. Every rank must call it, if only with no ids."""
+        return self.lookup(ids).features
+
+    def lookup(self, ids: Mapping[str, Tensor]) -> Lookup:
+        """As `forward`, with the rows of each table beside them. Features that are left out have no ids.
+
+        Raises:
+            DatasetError: An id outside its table (checked on the CPU; a GPU would have to wait for the answer).
+        """
+        asked = {spec.name: [feature for feature in spec.features if feature in ids] for spec in self.specs}
+        device = next((tensor.device for tensor in ids.values()), torch.device("cpu"))
+        nothing = torch.zeros(0, dtype=torch.int64, device=device)
+        flat = {name: torch.cat([nothing, *(ids[f] for f in features)]) for name, features in asked.items()}
+        keys, positions = dict(flat), {}
+        if self._dedup:
+            for name in flat:
+                keys[name], positions[name] = torch.unique(flat[name], return_inverse=True)
+        for spec in self.specs:
+            _check_range(spec, keys[spec.name])
+        # All exchanges are begun before any is waited for.
+        found = [(specs, self.collections[width](_jagged(specs, keys))) for width, specs in self._by_width.items()]
+        tables = {spec.name: (keys[spec.name], rows[spec.name].values()) for specs, rows in found for spec in specs}
+        features: dict[str, Tensor] = {}
+        for name, names in asked.items():
+            rows = tables[name][1]
+            if self._dedup:
+                rows = rows.index_select(0, positions[name])
+            features.update(zip(names, rows.split([ids[feature].numel() for feature in names]), strict=True))
+        return Lookup(features, tables)
+
+    def touched_norm(self, found: Lookup) -> Tensor:
+        """This rank's part of the sum of squares of all rows that any rank looked up in this step.
+
+        Each row counts once in the sum over ranks, however many ranks and features asked for it: every rank counts it
+        with the weight 1 / (number of requests on all ranks). Where the tables are sharded, all ranks must call it.
+        """
+        keys, base = [], 0
+        for spec in self.specs:
+            keys.append(found.tables[spec.name][0] + base)
+            base += spec.rows
+        local = torch.cat(keys)
+        asked, requests = torch.unique(self._of_all_ranks(local), return_counts=True)
+        weights = 1.0 / requests[torch.searchsorted(asked, local)]
+        squares = torch.cat([found.tables[spec.name][1].square().sum(1) for spec in self.specs])
+        return (squares * weights).sum()
+
+    def initialise(self) -> None:
+        """Writes the initial rows, in the shards that this process has. See the function `initialise`."""
+        initialise(self, self._seed, self._scale)
+
+    def _of_all_ranks(self, keys: Tensor) -> Tensor:
+        sharded = any(isinstance(collection, ShardedEmbeddingCollection) for collection in self.collections.values())
+        if not sharded or dist.get_world_size() == 1:
+            return keys
+        sizes = [torch.zeros(1, dtype=torch.int64, device=keys.device) for _ in range(dist.get_world_size())]
+        dist.all_gather(sizes, torch.tensor([keys.numel()], device=keys.device))
+        counts = [int(size) for size in sizes]
+        padded = keys.new_zeros(max(counts))
+        padded[: keys.numel()] = keys
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def _jagged(specs: list[TableSpec], keys: dict[str, Tensor]) -> KeyedJaggedTensor:
+    """One id a bag, then empty bags up to the longest table's: GPUs work on bags in parallel."""
+    values = [keys[spec.name] for spec in specs]
+    counts = torch.tensor([v.numel() for v in values])
+    stride = max(1, int(counts.max()))
+    lengths = (torch.arange(stride) < counts[:, None]).to(torch.int64).flatten().to(values[0].device, non_blocking=True)
+    return KeyedJaggedTensor(
+        keys=[spec.name for spec in specs], values=torch.cat(values), lengths=lengths, stride=stride
+    )
+
+
+def _check_range(spec: TableSpec, ids: Tensor) -> None:
+    # FBGEMM reads row 0 in place of one that isn't there, with a line in the log at most.
+    if ids.device.type != "cpu" or not ids.numel():
+        return
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= spec.rows:
+        raise DatasetError(
+            f"An id is outside its embedding table, which has {spec.rows} rows.",
+            where=f"table {spec.name!r} (features {', '.join(spec.features)})",
+            got=low if low < 0 else high,
+            remedy="Prepare the dataset again: its shards or catalogue don't fit its manifest.",
+        )
+
+
+@torch.no_grad()
+def initialise(module: nn.Module, seed: int, scale: float) -> None:
+    """Writes the initial rows of all tables in a module: row 0 (unknown) is zero, others nearly normal(0, `scale`).
+
+    Each number is a hash of (seed, table, row, column) alone: the same in any shard, at any world size, in any order.
+    """
+    for tables in [m for m in module.modules() if isinstance(m, Tables)]:
+        for width, specs in tables._by_width.items():
+            for spec in specs:
+                for offset, rows in _local_parts(tables.collections[width], spec.name):
+                    _fill(rows, offset, hashing.hashed(seed, hashing.of_name(spec.name)), scale)
+
+
+def _local_parts(collection: nn.Module, table: str) -> list[tuple[int, Tensor]]:
+    """The parts of a table that this process holds: first row, and the rows themselves (not a copy)."""
+    weight = collection.state_dict()[f"embeddings.{table}.weight"]
+    if isinstance(weight, ShardedTensor):
+        return [(shard.metadata.shard_offsets[0], shard.tensor) for shard in weight.local_shards()]
+    return [] if weight.is_meta else [(0, weight)]
+
+
+def _fill(rows: Tensor, offset: int, seed: Tensor, scale: float) -> None:
+    count, width = rows.shape
+    column = torch.arange(width, device=rows.device)
+    at_once = max(1, _INITIALISED_AT_ONCE // width)
+    for start in range(0, count, at_once):
+        row = torch.arange(start, min(start + at_once, count), device=rows.device) + offset
+        values = hashing.normal(hashing.hashed(seed.to(rows.device), row[:, None], column), scale)
+        values[row == 0] = 0.0
+        rows[start : start + at_once] = values
+
+
+class Distributed:
+    """A module with sharded tables and replicated dense parameters. Made by `distribute`.
+
+    Attributes:
+        module: Call this in training: its forward and backward keep the ranks in step.
+        model: The module given to `distribute`, its tables now sharded: for everything but the training step.
+    """
+
+    def __init__(self, wrapped: DistributedModelParallel, model: nn.Module, mesh: DeviceMesh) -> None:
+        self.module: nn.Module = wrapped
+        self.model = model
+        self._wrapped, self._mesh = wrapped, mesh
+
+    def dense_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters for the outer optimizer, by their names in `model`: all but the tables."""
+        sharded = set(DistributedModelParallel._sharded_parameter_names(self.model))
+        return {name: parameter for name, parameter in self.model.named_parameters() if name not in sharded}
+
+    def set_table_rate(self, rate: float) -> None:
+        """Sets the learning rate of the tables' fused optimizer, from the next backward pass on."""
+        optimizer = self._wrapped.fused_optimizer
+        for group in cast(list[dict[str, Any]], optimizer.param_groups):
+            group["lr"] = rate
+        # Nothing is stepped: this hands the rate to the kernels. The update itself happens inside backward.
+        optimizer.step()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The module's tensors by their names in `model`, and under `table_optimizer.` the fused optimizer's.
+
+        Tables and their optimizer state are DTensors sharded by rows, the rest plain tensors. None is a copy: loading
+        into them in place (as torch.distributed.checkpoint does) loads the model.
+        """
+        state = {name: self._as_dtensor(value) for name, value in self.model.state_dict().items()}
+        fused = cast(dict[str, dict[str, Any]], self._wrapped.fused_optimizer.state_dict()["state"])
+        for parameter, slots in fused.items():
+            table = parameter.rpartition("embeddings.")[2].removesuffix(".weight")
+            for name, value in slots.items():
+                state[f"{OPTIMIZER_PREFIX}{table}.{name.removeprefix(f'{table}.')}"] = self._as_dtensor(value)
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Loads what `state_dict` gives; a table may also come whole, as a plain tensor.
+
+        Raises:
+            CheckpointError: Names or shapes that differ from this model's.
+        """
+        own = self.state_dict()
+        if state.keys() != own.keys():
+            raise CheckpointError(
+                "The state is of another model: names differ.",
+                got=", ".join(sorted(state.keys() ^ own.keys())[:8]),
+                remedy="Use the configuration and dataset that the checkpoint was trained with.",
+            )
+        for name, target in own.items():
+            value = state[name]
+            if value.shape != target.shape:
+                raise CheckpointError(
+                    "The state is of another model: shapes differ.",
+                    where=name,
+                    got=f"{tuple(value.shape)}, not {tuple(target.shape)}",
+                    remedy="Use the configuration and dataset that the checkpoint was trained with.",
+                )
+            if not isinstance(target, DTensor):
+                target.copy_(value)
+                continue
+            local = target.to_local()
+            if isinstance(value, DTensor):
+                local.copy_(value.to_local())
+            else:
+                start = self._mesh.get_local_rank() * -(-target.shape[0] // self._mesh.size())
+                local.copy_(value[start : start + local.shape[0]])
+
+    def _as_dtensor(self, value: Any) -> Tensor:
+        """TorchRec's row blocks are exactly those of a DTensor's Shard(0): ceil(rows / ranks) each, the last fewer."""
+        if not isinstance(value, ShardedTensor):
+            return value
+        size = value.metadata().size
+        shards = value.local_shards()
+        local = shards[0].tensor if shards else torch.empty(0, *size[1:], device=self._mesh.device_type)
+        local = local.view(local.shape[0] if local.numel() else 0, *size[1:])
+        stride = torch.empty(size, device="meta").stride()
+        return DTensor.from_local(local, self._mesh, [Shard(0)], run_check=False, shape=torch.Size(size), stride=stride)
+
+
+def distribute(module: nn.Module, optimizer: OptimizerConfig, device: torch.device | str = "cpu") -> Distributed:
+    """Shards the tables of a module by rows over all ranks, and replicates the rest. Needs a process group.
+
+    The tables get their initial rows again. They start at the optimizer's `table_rate`.
+    """
+    group = dist.group.WORLD
+    assert group is not None, "torch.distributed must be initialised first"
+    device = torch.device(device)
+    sharders: list[Any] = [
+        EmbeddingCollectionSharder(
+            fused_params={"optimizer": _OPTIMIZERS[optimizer.table], "learning_rate": optimizer.table_rate, "eps": 1e-8}
+        )
+    ]
+    collections = {name: m for name, m in module.named_modules() if isinstance(m, EmbeddingCollection)}
+    # Written down rather than searched for: TorchRec's planner would weigh memory that this plan doesn't depend on.
+    plan = {
+        name: construct_module_sharding_plan(
+            collection,
+            {table.name: row_wise(compute_kernel="fused") for table in collection.embedding_configs()},
+            sharder=sharders[0],
+            world_size=group.size(),
+            local_size=group.size(),
+            device_type=device.type,
+        )
+        for name, collection in collections.items()
+    }
+    wrapped = DistributedModelParallel(
+        module,
+        env=ShardingEnv.from_process_group(group),
+        device=device,
+        plan=ShardingPlan(plan=cast(Any, plan)),
+        sharders=sharders,
+        data_parallel_wrapper=_DataParallel(),
+    )
+    model = get_unwrapped_module(wrapped)
+    for tables in [m for m in model.modules() if isinstance(m, Tables)]:
+        tables.initialise()
+    return Distributed(wrapped, model, DeviceMesh.from_group(group, device.type))
+
+
+class _DataParallel(DefaultDataParallelWrapper):
+    """DDP without a static graph: a rank without tasks in a step has another graph than the others."""
+
+    def _ddp_wrap(
+        self, dmp: DistributedModelParallel, env: ShardingEnv, device: torch.device, ddp_ignore_param_names: set[str]
+    ) -> None:
+        module = dmp._dmp_wrapped_module
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+            module=module, params_and_buffers_to_ignore=ddp_ignore_param_names
+        )
+        dmp._dmp_wrapped_module = DistributedDataParallel(
+            module=module.to(device),
+            device_ids=None if device.type == "cpu" else [device],
+            process_group=env.process_group,
+            gradient_as_bucket_view=True,
+            forward_sync_buffers=False,
+        )
