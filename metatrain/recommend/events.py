@@ -1,0 +1,295 @@
+"""The events of people who ask for recommendations: from a file, a table or a list to supports in catalogue rows.
+
+Columns: `item` (the catalogue's key; MovieLens' id, for one) and `label`; optionally `user` (without it all events are
+one user's), `timestamp` (seconds, milliseconds or ISO 8601; without it events are in time order as they stand), and
+any task or event feature of the dataset by its name. The label may be left out where labels are clicks: each is 1.
+What is bad is refused with its place. What is left out by choice (unknown items, events beyond the most recent that
+the model takes, columns that mean nothing here) is counted in `warnings`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import posixpath
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pacsv
+import pyarrow.json as pajson
+import pyarrow.parquet as pq
+
+from metatrain import storage
+from metatrain.data.assemble import Support, batch_from_events
+from metatrain.data.batch import Column, TaskBatch
+from metatrain.data.columns import stored, take
+from metatrain.data.dataset import TaskDataset
+from metatrain.data.schema import Feature, LabelKind, Level, Schema
+from metatrain.data.sources.checks import Check, bad_values, parsed, text_of
+from metatrain.errors import RequestError
+from metatrain.recommend.encoding import as_text, encoded
+
+#: What `Recommender.adapt` takes.
+Events = str | pa.Table | Sequence[Mapping[str, Any]]
+
+USER, ITEM, LABEL, TIMESTAMP = "user", "item", "label", "timestamp"
+
+
+@dataclass(frozen=True)
+class Requests:
+    """U users' supports, events in time order, ready for a batch."""
+
+    users: tuple[str, ...]
+    supports: tuple[Support, ...]
+    #: Catalogue rows of all events given, also those too old for the support: what a user has seen.
+    seen: tuple[np.ndarray, ...]
+    task_features: dict[str, Column]  # U rows
+    event_features: dict[str, Column]  # rows of all supports behind one another
+    #: Items that the catalogue doesn't hold, and how many events named each.
+    unknown_items: dict[str, int]
+    warnings: tuple[str, ...]
+
+    def batch(self, dataset: TaskDataset, tasks: np.ndarray, kept: Sequence[np.ndarray] | None = None) -> TaskBatch:
+        """A batch of supports without queries.
+
+        Args:
+            dataset: Whose catalogue the rows are of.
+            tasks: Positions in `users`; a user may come several times.
+            kept: For each of `tasks`, the positions in its support to adapt to. Default: all.
+        """
+        kept = kept or [np.arange(len(self.supports[t][0])) for t in tasks]
+        supports: list[Support] = [
+            (items[k], labels[k], times[k])
+            for (items, labels, times), k in zip((self.supports[t] for t in tasks), kept, strict=True)
+        ]
+        lengths = np.array([len(s[0]) for s in self.supports], np.int64)
+        starts = np.cumsum(lengths) - lengths
+        events = np.concatenate([np.zeros(0, np.int64), *(starts[t] + k for t, k in zip(tasks, kept, strict=True))])
+        return batch_from_events(
+            dataset,
+            supports,
+            [np.zeros(0, np.int64)] * len(tasks),
+            {name: take(stored(column), tasks) for name, column in self.task_features.items()},
+            {name: take(stored(column), events) for name, column in self.event_features.items()},
+        )
+
+
+def read_requests(events: Events, dataset: TaskDataset, support_max: int) -> Requests:
+    """Reads and checks events.
+
+    Raises:
+        RequestError: An unreadable file, a missing column, no event at all, or a value that cannot be used: names the
+            file, the place, the value and the remedy.
+    """
+    table, places = _table(events)
+    if ITEM not in table.column_names:
+        raise _missing(ITEM, table, places)
+    if LABEL not in table.column_names and dataset.schema.label is LabelKind.RATING:
+        raise _missing(LABEL, table, places)
+    if not table.num_rows:
+        raise RequestError("There are no events.", where=places.file, remedy="Give at least one event: item and label.")
+    items = _checked(as_text(_whole(table[ITEM])), Check.KEY, ITEM, places)
+    users = (
+        _checked(as_text(_whole(table[USER])), Check.KEY, USER, places)
+        if USER in table.column_names
+        else pa.array(["you"] * len(table))
+    )
+    labels = _labels(table, dataset.schema, places)
+    # Without times the order given is the order of time: positions stand in for them.
+    times = np.arange(len(table), dtype=np.int64)
+    if TIMESTAMP in table.column_names:
+        times = np.asarray(parsed(_checked(table[TIMESTAMP], Check.TIME, TIMESTAMP, places), Check.TIME))
+    warnings = _ignored(table, dataset.schema)
+
+    names, codes = _in_order_of_appearance(users)
+    rows = np.asarray(dataset.catalogue.rows_of(items.to_pylist()), dtype=np.int64)
+    keys, counts = np.unique(np.asarray(items.to_pylist(), dtype=object)[rows < 0], return_counts=True)
+    unknown = {str(k): int(c) for k, c in zip(keys, counts, strict=True)}
+    if unknown:
+        shown = ", ".join(list(unknown)[:5]) + (", …" if len(unknown) > 5 else "")
+        warnings.append(
+            f"{sum(unknown.values())} of {len(table)} events left out: items not in the catalogue ({shown})."
+        )
+    order = np.lexsort((np.arange(len(rows)), times, codes))
+    order = order[rows[order] >= 0]
+    lengths = np.bincount(codes[order], minlength=len(names))
+    ends = np.cumsum(lengths)
+    recent = np.arange(len(order)) >= (ends - support_max)[codes[order]]
+    if not recent.all():
+        warnings.append(f"{(~recent).sum()} events left out: the model takes each user's {support_max} most recent.")
+    kept = order[recent]
+    if without := [name for name, n in zip(names, lengths, strict=True) if not n]:
+        shown = ", ".join(without[:5]) + (", …" if len(without) > 5 else "")
+        warnings.append(f"{len(without)} users have no event on a known item, and are not adapted to: {shown}.")
+    cuts = np.cumsum(np.bincount(codes[kept], minlength=len(names)))[:-1]
+    supports = zip(np.split(rows[kept], cuts), np.split(labels[kept], cuts), np.split(times[kept], cuts), strict=True)
+    return Requests(
+        users=tuple(names),
+        supports=tuple(supports),
+        seen=tuple(np.unique(part) for part in np.split(rows[order], ends[:-1])),
+        task_features=_task_features(table, dataset, codes, len(names), places),
+        event_features=_features(table.take(pa.array(kept)), dataset.schema.of(Level.EVENT), dataset, places.at(kept)),
+        unknown_items=unknown,
+        warnings=tuple(warnings),
+    )
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Places:
+    """How rows are named in errors."""
+
+    file: str
+    first: int  # number of the first row
+    word: str  # "line", "row" or "event"
+    rows: np.ndarray | None = None
+
+    def __call__(self, row: int, column: str) -> str:
+        number = self.first + int(row if self.rows is None else self.rows[row])
+        return f"{self.file}: {self.word} {number}, column {column}"
+
+    def at(self, rows: np.ndarray) -> Places:
+        """The same for a selection of rows."""
+        return Places(self.file, self.first, self.word, rows)
+
+
+def _table(events: Events) -> tuple[pa.Table, Places]:
+    if isinstance(events, pa.Table):
+        return events, Places("the table", 0, "row")
+    if not isinstance(events, str):
+        try:
+            return pa.Table.from_pylist([dict(e) for e in events]), Places("the list", 0, "event")
+        except (pa.ArrowInvalid, pa.ArrowTypeError, TypeError, ValueError) as error:
+            raise RequestError(
+                f"The events cannot be read as a table: {error}",
+                where="the list",
+                remedy="Give one mapping an event, with values of one type a column.",
+            ) from error
+    kind = posixpath.splitext(events)[1].lower()
+    readers = {".csv": _csv, ".jsonl": _json, ".json": _json, ".ndjson": _json, ".parquet": _parquet}
+    if kind not in readers:
+        raise RequestError(
+            "This kind of file is not read.",
+            where=events,
+            got=kind or "(no ending)",
+            remedy="Give .csv, .jsonl or .parquet.",
+        )
+    if not storage.exists(events):
+        raise RequestError("There is no such file of events.", where=events, remedy="Check the path.")
+    first, word = {".csv": (2, "line"), ".parquet": (0, "row")}.get(kind, (1, "line"))
+    try:
+        return readers[kind](storage.read_bytes(events)), Places(events, first, word)
+    except (pa.ArrowInvalid, pa.ArrowKeyError, UnicodeDecodeError, csv.Error) as error:
+        raise RequestError(f"The file cannot be parsed: {error}", where=events, remedy="Mend the line.") from error
+
+
+def _csv(content: bytes) -> pa.Table:
+    header = next(csv.reader(io.StringIO(content.decode("utf-8-sig").partition("\n")[0])), [])
+    # As text: a key such as 007 is not the number 7, and errors can show what the file says.
+    options = pacsv.ConvertOptions(
+        column_types={name: pa.string() for name in header}, strings_can_be_null=True, null_values=[""]
+    )
+    return pacsv.read_csv(pa.BufferReader(content), convert_options=options)
+
+
+def _json(content: bytes) -> pa.Table:
+    return pajson.read_json(pa.BufferReader(content))
+
+
+def _parquet(content: bytes) -> pa.Table:
+    return pq.read_table(pa.BufferReader(content))
+
+
+# --- checking --------------------------------------------------------------------------------------------------------
+
+
+def _labels(table: pa.Table, schema: Schema, places: Places) -> np.ndarray:
+    if LABEL not in table.column_names:
+        return np.ones(len(table), np.float32)
+    click = schema.label is LabelKind.CLICK
+    column = _checked(table[LABEL], Check.CLICK if click else Check.RATING, LABEL, places)
+    labels = np.asarray(parsed(column, Check.RATING)).astype(np.float32)
+    low, high = schema.label_min, schema.label_max
+    # A scale of whole or half steps is known exactly; of other labels training has seen but a sample of the range.
+    room = 0.0 if (2 * low).is_integer() and (2 * high).is_integer() else schema.label_deviation
+    outside = np.flatnonzero((labels < low - room) | (labels > high + room))
+    if len(outside) and not click:
+        raise RequestError(
+            "A label is outside of the scale that the model was trained on.",
+            where=places(outside[0], LABEL),
+            got=float(labels[outside[0]]),
+            remedy=f"Give labels from {low:g} to {high:g}.",
+        )
+    return labels
+
+
+def _checked(column: Any, check: Check, name: str, places: Places) -> Any:
+    """The column in the check's type, or an error that names the first bad row."""
+    column = _whole(column)
+    numeric = pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_boolean(column.type)
+    if check.arrow_type == pa.float64() and numeric:
+        column = pc.cast(column, pa.float64())
+    if check.arrow_type == pa.float64() and not numeric:
+        column = pc.cast(column, pa.string())
+        bad = text_of(column, check)
+    else:
+        bad = bad_values(column, check)
+    if bad.any():
+        row = int(np.flatnonzero(bad)[0])
+        value = column[row].as_py()
+        remedies = {
+            Check.KEY: "Give each event a key.",
+            Check.TIME: "Give seconds, milliseconds or ISO 8601.",
+            Check.CLICK: "Give 0 or 1.",
+        }
+        raise RequestError(
+            {Check.CLICK: "A click's label must be 0 or 1."}.get(check, check.problem),
+            where=places(row, name),
+            got="nothing" if value is None else str(value),
+            remedy=remedies.get(check, "Give a number."),
+        )
+    return column
+
+
+def _whole(column: pa.Array | pa.ChunkedArray) -> pa.Array:
+    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+
+
+def _missing(name: str, table: pa.Table, places: Places) -> RequestError:
+    return RequestError(
+        f"The column `{name}` is missing.",
+        where=places.file,
+        got=", ".join(table.column_names) or "no column",
+        remedy="Name the columns user (optional), item, label, timestamp (optional).",
+    )
+
+
+def _ignored(table: pa.Table, schema: Schema) -> list[str]:
+    known = {USER, ITEM, LABEL, TIMESTAMP, *(f.name for f in schema.features if f.level is not Level.ITEM)}
+    extra = [name for name in table.column_names if name not in known]
+    return [f"columns left out, the dataset has no such user or event feature: {', '.join(extra)}."] if extra else []
+
+
+def _in_order_of_appearance(users: pa.Array) -> tuple[list[str], np.ndarray]:
+    coded = users.dictionary_encode()
+    return coded.dictionary.to_pylist(), coded.indices.to_numpy().astype(np.int64)
+
+
+def _task_features(
+    table: pa.Table, dataset: TaskDataset, codes: np.ndarray, users: int, places: Places
+) -> dict[str, Column]:
+    # A user's features are those of the first event: it is one person.
+    first = np.full(users, len(codes), np.int64)
+    np.minimum.at(first, codes, np.arange(len(codes)))
+    return _features(table.take(pa.array(first)), dataset.schema.of(Level.TASK), dataset, places.at(first))
+
+
+def _features(table: pa.Table, features: Sequence[Feature], dataset: TaskDataset, places: Places) -> dict[str, Column]:
+    given = [f for f in features if f.name in table.column_names]
+    return {f.name: encoded(_whole(table[f.name]), f, dataset, lambda row, f=f: places(row, f.name)) for f in given}

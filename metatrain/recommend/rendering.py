@@ -1,0 +1,73 @@
+"""Rankings as text: side by side for people, JSON lines for programs."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from metatrain.recommend.adapted import Adapted, Recommendation
+
+#: Widest title shown whole.
+_TITLE = 44
+
+
+def side_by_side(adapted: Adapted, k: int, exclude_seen: bool) -> str:
+    """A block a user: rank, title and score before adaptation, the same after; `+` marks what adaptation brought in."""
+    blocks = []
+    rankings = zip(adapted.users, adapted.unadapted.top(k, exclude_seen), adapted.top(k, exclude_seen), strict=True)
+    for place, (user, before, after) in enumerate(rankings):
+        known = {line.item for line in before}
+        width = min(_TITLE, max((_width(line.title) for line in [*before, *after]), default=0))
+        width = max(width, len("before adaptation") - 8)
+        rule = "-" * (4 + 2 * (width + 8) + 4)
+        lines = [
+            f"user {user}: adapted to {len(adapted.requests.supports[place][0])} events",
+            rule,
+            f"{'':4}{'before adaptation'.ljust(width + 8)}    after adaptation",
+            rule,
+        ]
+        for rank in range(max(len(before), len(after))):
+            left = _line(before[rank] if rank < len(before) else None, width)
+            right = after[rank] if rank < len(after) else None
+            mark = "+" if right is not None and right.item not in known else " "
+            lines.append(f"{rank + 1:>3} {left}  {mark} {_line(right, width)}".rstrip())
+        blocks.append("\n".join(lines))
+    notes = [f"note: {warning}" for warning in adapted.warnings]
+    return "\n\n".join(blocks + (["\n".join(notes)] if notes else []))
+
+
+def as_json_lines(adapted: Adapted, k: int, exclude_seen: bool) -> str:
+    """One object a user; what was left out is in the `warnings` of each."""
+    lines = []
+    rankings = zip(adapted.users, adapted.unadapted.top(k, exclude_seen), adapted.top(k, exclude_seen), strict=True)
+    for place, (user, before, after) in enumerate(rankings):
+        content = {
+            "user": user,
+            "support": len(adapted.requests.supports[place][0]),
+            "adapted": [line._asdict() for line in after],
+            "unadapted": [line._asdict() for line in before],
+            "warnings": adapted.warnings,
+        }
+        lines.append(json.dumps(content, ensure_ascii=False))
+    return "\n".join(lines)
+
+
+def _line(line: Recommendation | None, width: int) -> str:
+    if line is None:
+        return " " * (width + 8)
+    return f"{_fitted(line.title, width)}{line.score:8.2f}"
+
+
+def _fitted(text: str, width: int) -> str:
+    """Cut or filled to `width` columns of a terminal, in which some letters take two and some none."""
+    if _width(text) > width:
+        while text and _width(text) > width - 1:
+            text = text[:-1]
+        text = text.rstrip() + "…"
+    return text + " " * (width - _width(text))
+
+
+def _width(text: str) -> int:
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
