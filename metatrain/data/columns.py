@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -64,9 +65,7 @@ def feature_column(array: pa.Array, feature: Feature) -> Stored:
     """
     if feature.kind is Kind.VECTOR:
         if not isinstance(array, pa.FixedSizeListArray) or array.type.list_size != feature.width or array.null_count:
-            raise ValueError(
-                f"vectors of {feature.width} were expected, not {array.type} with {array.null_count} nulls"
-            )
+            raise ValueError(f"vectors of {feature.width} without nulls were expected, not {array.type}")
         return numbers(array.flatten(), "float").reshape(-1, feature.width or 0)
     if feature.kind is Kind.NUMERIC:
         return numbers(array, "float")
@@ -97,7 +96,7 @@ def keep(column: Stored, mask: np.ndarray) -> Stored:
     return stored(take(column, np.flatnonzero(mask)))
 
 
-def concatenate(columns: Sequence[Column]) -> Column:
+def concatenate(columns: Sequence[Any]) -> Any:
     """Columns behind one another, all of one kind."""
     if len(columns) == 1:
         return columns[0]

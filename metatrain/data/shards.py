@@ -21,7 +21,8 @@ Result = TypeVar("Result")
 #: Parquet files kept open: each holds its parsed footer, which grows with its row groups.
 OPEN_FILES = 32
 
-_REMEDY = "Copy the shard again from where it was made, or prepare the dataset again."
+#: What mends a shard.
+REMEDY = "Copy the shard again from where it was made, or prepare the dataset again."
 
 
 class Shards:
@@ -30,15 +31,15 @@ class Shards:
     Not safe for several threads at once.
     """
 
-    def __init__(self, dataset_url: str, shards: Sequence[Shard], columns: Sequence[str]) -> None:
-        self.url, self._shards, self._columns = dataset_url, tuple(shards), list(columns)
+    def __init__(self, dataset_url: str, shards: Sequence[Shard]) -> None:
+        self.url, self._shards = dataset_url, tuple(shards)
         #: Tasks in each row group: int64 [G].
         self.row_groups = row_groups(shards)
         self._first_group = np.cumsum([0, *(len(s.row_groups) for s in shards)])
         self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()
 
-    def read(self, row_groups: np.ndarray) -> pa.Table:
-        """The rows of these row groups in this order, every column in one chunk.
+    def read(self, row_groups: np.ndarray, columns: Sequence[str]) -> pa.Table:
+        """These columns of these row groups in this order, every column in one chunk.
 
         Raises:
             DatasetError: A shard that is missing, broken, or not as the manifest says.
@@ -47,11 +48,11 @@ class Shards:
         tables = []
         for shard, pairs in itertools.groupby(zip(shard_of.tolist(), row_groups.tolist(), strict=True), lambda p: p[0]):
             inside = [group - int(self._first_group[shard]) for _, group in pairs]
-            tables.append(self._read(shard, inside))
+            tables.append(self._read(shard, inside, list(columns)))
         try:
             return pa.concat_tables(tables).combine_chunks()
         except pa.ArrowException as error:
-            raise DatasetError(f"Shards differ in their columns: {error}", where=self.url, remedy=_REMEDY) from error
+            raise DatasetError(f"Shards differ in their columns: {error}", where=self.url, remedy=REMEDY) from error
 
     def place(self, row_groups: np.ndarray) -> str:
         """The files of these row groups, for messages."""
@@ -63,18 +64,18 @@ class Shards:
         while self._open:
             self._open.popitem()[1].close(force=True)
 
-    def _read(self, shard: int, inside: list[int]) -> pa.Table:
+    def _read(self, shard: int, inside: list[int], columns: list[str]) -> pa.Table:
         path = storage.join(self.url, self._shards[shard].path)
 
         def read() -> pa.Table:
             # One thread: a node runs many readers, and each read-ahead works beside its own trainer.
-            return self._file(shard).read_row_groups(inside, columns=self._columns, use_threads=False)
+            return self._file(shard).read_row_groups(inside, columns=columns, use_threads=False)
 
         table = _attempt(path, read)
-        absent = [name for name in self._columns if name not in table.column_names]
+        absent = [name for name in columns if name not in table.column_names]
         if absent:
             raise DatasetError(
-                "A shard lacks columns that the schema has.", where=path, got=", ".join(absent), remedy=_REMEDY
+                "A shard lacks columns that the schema has.", where=path, got=", ".join(absent), remedy=REMEDY
             )
         return table
 
@@ -93,7 +94,7 @@ class Shards:
                 where=path,
                 got=f"{len(found)} row groups with {sum(found)} tasks; the manifest says "
                 f"{len(self._shards[shard].row_groups)} with {self._shards[shard].tasks}",
-                remedy=_REMEDY,
+                remedy=REMEDY,
             )
         self._open[shard] = file
         if len(self._open) > OPEN_FILES:
@@ -118,13 +119,13 @@ def check_sizes(dataset_url: str, shards: Sequence[Shard]) -> None:
             path = storage.join(dataset_url, shard.path)
             found = sizes.get(shard.path.rpartition("/")[2])
             if found is None:
-                raise DatasetError("A shard of the manifest is missing.", where=path, remedy=_REMEDY)
+                raise DatasetError("A shard of the manifest is missing.", where=path, remedy=REMEDY)
             if found != shard.bytes:
                 raise DatasetError(
                     "A shard is truncated or was changed: its size is not the manifest's.",
                     where=path,
                     got=f"{found} bytes; the manifest says {shard.bytes}",
-                    remedy=_REMEDY,
+                    remedy=REMEDY,
                 )
 
 
@@ -146,7 +147,7 @@ def verify_shards(dataset_url: str, manifest: Manifest) -> int:
                 "A shard's content has changed since it was prepared: its checksum is not the manifest's.",
                 where=path,
                 got=digest.hexdigest(),
-                remedy=_REMEDY,
+                remedy=REMEDY,
             )
     return sum(shard.bytes for shard in manifest.shards)
 
@@ -162,4 +163,4 @@ def _attempt(path: str, call: Callable[[], Result]) -> Result:
         # pyarrow reports broken bytes as OSError too, which on a disk no other try can mend.
         return call() if storage.is_local(path) else storage.retried(call)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise DatasetError(f"A shard cannot be read as Parquet: {error}", where=path, remedy=_REMEDY) from error
+        raise DatasetError(f"A shard cannot be read as Parquet: {error}", where=path, remedy=REMEDY) from error

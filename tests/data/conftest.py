@@ -20,7 +20,7 @@ def _loaded() -> Any:
 
 @pytest.fixture(scope="session")
 def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
-    """`tiny_dataset(users=…, …)` writes a dataset once for its arguments (see `write_tiny_dataset`) and gives its URL."""
+    """`tiny_dataset(users=…)` writes a dataset once for its arguments (see `write_tiny_dataset`) and gives its URL."""
     module = _loaded()
     known: dict[str, str] = {}
 

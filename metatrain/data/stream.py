@@ -1,0 +1,251 @@
+"""The feed of a training worker: `TaskReader` actors read ahead through the object store, `TaskStream` hands out batches.
+
+The batch of a step is what the plan says, whichever reader makes it: a reader that dies is replaced where the trainer
+stands, and the trainer sees the same batches. At most `prefetch` steps are in the object store.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import (
+    GetTimeoutError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from metatrain.config import DataConfig
+from metatrain.data.assemble import concatenate_batches
+from metatrain.data.batch import TaskBatch
+from metatrain.data.manifest import ItemSet, Split, read_manifest
+from metatrain.data.plan import EpochPlan, lanes_of
+from metatrain.data.reader import BatchReader
+from metatrain.data.shards import check_sizes, row_groups
+from metatrain.errors import MetatrainError, TrainingError
+
+log = logging.getLogger(__name__)
+
+#: CPUs that a reader asks Ray for.
+READER_CPUS = 0.5
+#: Deaths of readers without a batch in between after which the stream gives up.
+DEATHS_IN_A_ROW = 5
+#: Seconds that a new reader may take to start before the stream gives up.
+START_SECONDS = 300.0
+
+# What takes a reader, or a batch it made, away; anything else is an error of the read itself.
+_DEATHS = (RayActorError, NodeDiedError, ObjectLostError, OutOfMemoryError, WorkerCrashedError)
+
+
+class TaskReader:
+    """The actor around a `BatchReader`, for a fixed set of lanes. It holds nothing that the plan cannot rebuild."""
+
+    def __init__(self, dataset_url: str, lanes: Sequence[int], options: dict[str, Any]) -> None:
+        self._url, self._lanes, self._options = dataset_url, list(lanes), options
+        self._reader: BatchReader | None = None
+
+    def open(self) -> int:
+        """Opens the dataset, and returns the process's id. Not in the constructor, whose errors Ray reports as a death."""
+        self._reader = BatchReader.from_config(self._url, **self._options, read_ahead=True, verify=False)
+        return os.getpid()
+
+    def read(self, epoch: int, step: int) -> TaskBatch:
+        """This reader's part of a step's batch."""
+        assert self._reader is not None, "open comes first"
+        return self._reader.read(epoch, step, self._lanes)
+
+
+class TaskStream:
+    """A worker's batches: the parts of its lanes, read by `data.readers_per_worker` actors on this worker's node.
+
+    Args:
+        dataset_url: The task dataset.
+        data: Lanes, batch size, window, readers and prefetch.
+        seed: Seed of the plan and of the episodes.
+        lanes: This worker's lanes (see `lanes_of`).
+        split: Which tasks.
+        items: Which events of a task count.
+        features: Names of the features to read. Default: all.
+        epochs: Epochs there are: nothing is read ahead behind the last. Default: no end.
+        num_cpus: CPUs of a reader, for Ray's scheduling.
+
+    Raises:
+        MetatrainError: What a reader cannot use, as itself: a missing dataset, a truncated shard, an unknown feature.
+        TrainingError: Readers that cannot be started, or that keep dying.
+    """
+
+    def __init__(
+        self,
+        dataset_url: str,
+        data: DataConfig,
+        *,
+        seed: int,
+        lanes: Sequence[int] | None = None,
+        split: Split = Split.TRAIN,
+        items: ItemSet = ItemSet.EXISTING,
+        features: Sequence[str] | None = None,
+        epochs: int | None = None,
+        num_cpus: float = READER_CPUS,
+    ) -> None:
+        self._url, self._data, self._seed, self._epochs, self._num_cpus = dataset_url, data, seed, epochs, num_cpus
+        shards = read_manifest(dataset_url).of(split)
+        check_sizes(dataset_url, shards)  # here, once a worker: a broken dataset fails before an actor starts
+        self._row_groups = row_groups(shards)
+        self._steps: dict[int, int] = {}
+        mine = list(range(data.lanes)) if lanes is None else list(lanes)
+        readers = max(1, min(data.readers_per_worker, len(mine)))
+        self._lanes = [lanes_of(mine, readers, i) for i in range(readers)]
+        self._options = {
+            "data": data,
+            "split": split,
+            "items": items,
+            "episode": data.episode,
+            "seed": seed,
+            "features": features,
+        }
+        #: Readers that were replaced.
+        self.restarts = 0
+        #: Seconds that the consumer waited for batches.
+        self.wait_seconds = 0.0
+        self._deaths = 0
+        self._queue: deque[tuple[int, int, list[ray.ObjectRef]]] = deque()  # (epoch, step, a part of each reader)
+        self._actors: list[Any] = [self._actor(i) for i in range(readers)]
+        self._pids: list[int] = [0] * readers
+        try:
+            opened = [actor.open.remote() for actor in self._actors]
+            for i, ref in enumerate(opened):
+                self._opened(i, ref)
+        except BaseException:
+            self.close()
+            raise
+
+    def steps(self, epoch: int) -> int:
+        """Steps of an epoch, equal for all workers."""
+        if epoch not in self._steps:
+            data = self._data
+            plan = EpochPlan(
+                self._row_groups,
+                seed=self._seed,
+                epoch=epoch,
+                lanes=data.lanes,
+                tasks_per_step=data.tasks_per_step,
+                window=data.shuffle_row_groups,
+            )
+            self._steps[epoch] = plan.steps
+        return self._steps[epoch]
+
+    def pids(self) -> list[int]:
+        """Process ids of the readers."""
+        return list(self._pids)
+
+    def batches(self, epoch: int, start_step: int = 0) -> Iterator[TaskBatch]:
+        """This worker's batches of an epoch from a step on, one a step, possibly of no task.
+
+        The first steps of the next epoch are read ahead while this one's last are consumed.
+        """
+        for step in range(start_step, self.steps(epoch)):
+            if not self._queue or self._queue[0][:2] != (epoch, step):
+                self._queue.clear()  # what was read ahead is for another place
+            self._fill(epoch, step)
+            begun = time.monotonic()
+            parts = [self._part(i) for i in range(len(self._actors))]
+            self.wait_seconds += time.monotonic() - begun
+            self._queue.popleft()
+            self._deaths = 0
+            yield concatenate_batches(parts)
+
+    def close(self) -> None:
+        """Ends the readers."""
+        self._queue.clear()
+        for actor in self._actors:
+            ray.kill(actor)
+        self._actors = []
+
+    def _fill(self, epoch: int, step: int) -> None:
+        """Asks for steps from here on until `prefetch` of them are in flight."""
+        if self._queue:
+            epoch, step = self._after(*self._queue[-1][:2])
+        while len(self._queue) < self._data.prefetch and (self._epochs is None or epoch < self._epochs):
+            if not self.steps(epoch):
+                return
+            self._queue.append((epoch, step, [actor.read.remote(epoch, step) for actor in self._actors]))
+            epoch, step = self._after(epoch, step)
+
+    def _after(self, epoch: int, step: int) -> tuple[int, int]:
+        return (epoch, step + 1) if step + 1 < self.steps(epoch) else (epoch + 1, 0)
+
+    def _part(self, i: int) -> TaskBatch:
+        """Reader i's part of the first step in the queue, from a new reader where it died."""
+        while True:
+            try:
+                return ray.get(self._queue[0][2][i])
+            except _DEATHS as death:
+                self._replace(i, death)
+            except RayTaskError as error:
+                raise _own(error) from None
+
+    def _replace(self, i: int, death: Exception) -> None:
+        """A new reader i, asked again for every step in flight.
+
+        Raises:
+            TrainingError: Readers keep dying.
+        """
+        while True:
+            self._deaths += 1
+            epoch, step = self._queue[0][:2] if self._queue else (0, 0)
+            place = f"epoch {epoch}, step {step}, lanes {self._lanes[i]}"
+            if self._deaths > DEATHS_IN_A_ROW:
+                raise TrainingError(
+                    f"Readers keep dying: {self._deaths} deaths without a batch in between.",
+                    where=place,
+                    got=str(death).strip().partition("\n")[0],
+                    remedy="Look for its end in Ray's logs; where memory ran out, lower data.shuffle_row_groups, "
+                    "data.prefetch or data.readers_per_worker.",
+                ) from death
+            self.restarts += 1
+            log.warning("A reader died (%s); another one goes on at %s.", type(death).__name__, place)
+            ray.kill(self._actors[i])  # a lost batch does not mean that the actor is gone
+            self._actors[i] = self._actor(i)
+            try:
+                self._opened(i, self._actors[i].open.remote())
+            except _DEATHS as another:
+                death = another
+                continue
+            for epoch, step, refs in self._queue:
+                refs[i] = self._actors[i].read.remote(epoch, step)
+            return
+
+    def _actor(self, i: int) -> Any:
+        # On this node while it has room, so that batches reach the worker through shared memory. Placed by name of
+        # the node: inside Ray Train's placement group there is no room.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        remote = ray.remote(num_cpus=self._num_cpus, max_restarts=0, scheduling_strategy=here)(TaskReader)
+        return remote.remote(self._url, self._lanes[i], self._options)
+
+    def _opened(self, i: int, ref: ray.ObjectRef) -> None:
+        try:
+            self._pids[i] = ray.get(ref, timeout=START_SECONDS)
+        except GetTimeoutError as error:
+            raise TrainingError(
+                f"A reader did not start within {START_SECONDS:.0f} s: the cluster may have no CPU left for it.",
+                where=f"lanes {self._lanes[i]}",
+                got=f"{self._num_cpus} CPUs wanted; free: {ray.available_resources().get('CPU', 0.0)}",
+                remedy="Lower train.workers or data.readers_per_worker, or give the cluster more CPUs.",
+            ) from error
+        except RayTaskError as error:
+            raise _own(error) from None
+
+
+def _own(error: RayTaskError) -> BaseException:
+    """An error of ours as itself: trying again cannot mend it, and its text is for people."""
+    return error.cause if isinstance(error.cause, MetatrainError) else error
