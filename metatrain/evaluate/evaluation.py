@@ -5,6 +5,7 @@ Nothing is tuned on what is reported: the baselines' settings are chosen on vali
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import numpy as np
@@ -22,6 +23,8 @@ from metatrain.evaluate.report import ADAPTED, UNADAPTED, Report
 from metatrain.evaluate.tasks import PaddedTasks, padded
 from metatrain.evaluate.training_events import TrainingEvents, training_events
 from metatrain.recommend.recommender import Recommender
+
+_log = logging.getLogger(__name__)
 
 #: Every event of every task with one at least: the last is called query, and counted in again.
 _ALL_EVENTS = EpisodeConfig(support_min=0, support_max=1_000_000_000, query_min=1, query_max=1)
@@ -55,7 +58,8 @@ def evaluate_run(
     recommender = Recommender.load(run_url, checkpoint=checkpoint, dataset=dataset)
     report = evaluate_recommender(recommender, evaluate or recommender.config.evaluate, progress=progress)
     if write:
-        report.write(recommender.run_url)
+        urls = report.write(recommender.run_url)
+        _log.info("wrote %s", ", ".join(urls.values()))
     return report
 
 
@@ -68,7 +72,6 @@ def evaluate_recommender(recommender: Recommender, config: EvaluateConfig, *, pr
 
     def score_all(batch: TaskBatch, tasks: PaddedTasks) -> dict[str, np.ndarray]:
         scores = recommender.scores(batch)
-        # NaN would pass for "undefined" in the metrics, and a broken model would look no worse.
         if not (np.isfinite(scores.after[scores.mask]).all() and np.isfinite(scores.before[scores.mask]).all()):
             raise CheckpointError(
                 "The model gives scores that are not finite.",

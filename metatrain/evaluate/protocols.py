@@ -148,6 +148,9 @@ def measure(
         score_all: All scorers at once.
         judge: The metrics.
         orders_alone: Names of scorers whose scores are no predictions of the label.
+
+    Raises:
+        ValueError: A score that is not finite.
     """
     draws = draws_of(judge.config)
     values: dict[tuple[str, str], list[Array]] = defaultdict(list)
@@ -161,6 +164,9 @@ def measure(
             whole = padded(batch)
             tasks.append(whole.tasks)
             for model, scores in score_all(batch, whole).items():
+                if not np.isfinite(scores[whole.query_mask]).all():
+                    # NaN would pass for "undefined" in the metrics, and a broken model would look no worse.
+                    raise ValueError(f"scores of {model!r} are not finite")
                 for metric in judge.names(model not in orders_alone):
                     values[model, metric].append(judge.values(scores, whole, metric))
             if draw:

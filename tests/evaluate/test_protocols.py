@@ -1,0 +1,141 @@
+"""What is measured of a partition: rows, draws, support sizes, and what is left out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from metatrain.config import EpisodeConfig, EvaluateConfig
+from metatrain.data.batch import TaskBatch
+from metatrain.data.schema import LabelKind, Schema
+from metatrain.evaluate.protocols import PARTITIONS, Judge, draws_of, measure
+
+RATINGS = Schema(features=(), label=LabelKind.RATING, label_mean=3.5, label_deviation=1, label_min=1, label_max=5)
+CLICKS = Schema(features=(), label=LabelKind.CLICK, label_mean=0.3, label_deviation=0.4, label_min=0, label_max=1)
+RANDOM = EpisodeConfig(by="random", query_max=4)
+
+
+def batch(tasks: list[int], seed: int, click: bool = False, skipped: int = 0) -> TaskBatch:
+    """Each task with 3 support and 4 query events; items are 0 to 6."""
+    generator = np.random.default_rng(seed)
+    count = 7 * len(tasks)
+    labels = generator.integers(0, 2, count) if click else generator.integers(1, 6, count)
+    return TaskBatch(
+        tasks=np.array(tasks, np.int64),
+        support_lengths=np.full(len(tasks), 3),
+        query_lengths=np.full(len(tasks), 4),
+        items=np.arange(7),
+        event_items=np.tile(np.arange(7), len(tasks)),
+        labels=labels.astype(np.float32),
+        timestamps=np.arange(count),
+        skipped=skipped,
+    )
+
+
+def score_all(batch, tasks):
+    """An oracle that overshoots the scale, and one that gives the number of support events."""
+    return {
+        "oracle": tasks.query_labels + np.where(tasks.query_labels >= 5, 9.0, 0.0),
+        "sizes": np.broadcast_to(tasks.support_mask.sum(1)[:, None], tasks.query_labels.shape).astype(float),
+        "order": -tasks.query_items.astype(float),
+    }
+
+
+def measured(schema=RATINGS, **settings):
+    config = EvaluateConfig(episode=RANDOM, k=(1, 4), support_sizes=(0, 2), **settings)
+    judge = Judge(schema, config)
+    click = schema is CLICKS
+    draws = []
+
+    def batches(draw):
+        draws.append(draw)
+        return [batch([4, 9, 2], 10 * draw, click, skipped=2), batch([], 0), batch([7], 10 * draw + 1, click)]
+
+    return measure(PARTITIONS[0], batches, score_all, judge, frozenset({"order"})), draws
+
+
+def test_rows_count_tasks_and_draws():
+    result, draws = measured(draws=3)
+    assert draws == [0, 1, 2]
+    assert {(r.tasks, r.draws) for r in result.rows if r.metric == "MAE"} == {(4, 3)}
+    assert result.skipped == 2
+    assert {r.partition for r in result.rows} == {"new users"}
+
+
+def test_predictions_are_held_to_the_scale_and_ranked_as_they_are():
+    rows = {(r.model, r.metric): r.value for r in measured()[0].rows}
+    assert rows["oracle", "MAE"] == rows["oracle", "RMSE"] == 0.0
+    assert rows["oracle", "nDCG@4"] == pytest.approx(1.0)
+    assert rows["sizes", "AUC"] == 0.5
+
+
+def test_an_order_alone_has_no_errors():
+    result, _ = measured()
+    assert {r.metric for r in result.rows if r.model == "order"} == {
+        "AUC",
+        "nDCG@1",
+        "nDCG@4",
+        "hit rate@1",
+        "recall@1",
+    }
+    assert "order" not in {r.model for r in result.by_support_size}
+
+
+def test_metrics_without_a_defined_task_are_left_out_and_noted():
+    result, _ = measured()
+    assert not [r for r in result.rows if r.metric in ("hit rate@4", "recall@4")]
+    assert "hit rate@4, recall@4" in result.notes[0]
+
+
+def test_the_curve_truncates_the_support_of_the_first_draw():
+    result, _ = measured(draws=2)
+    sizes = {r.support: r for r in result.by_support_size if r.model == "sizes"}
+    assert set(sizes) == {0, 2}
+    assert sizes[0].draws == 1
+    assert sizes[2].metric == "MAE"
+    # The scorer answers with the size of the support it was shown: errors of answering 1 (0 held to the scale) and 2.
+    labels = np.concatenate([batch([4, 9, 2], 0).labels, batch([7], 1).labels]).reshape(4, 7)[:, 3:]
+    assert sizes[0].value == pytest.approx(np.abs(labels - 1).mean())
+    assert sizes[2].value == pytest.approx(np.abs(labels - 2).mean())
+
+
+def test_clicks_have_no_errors_and_a_curve_of_auc():
+    result, _ = measured(CLICKS)
+    assert not {"MAE", "RMSE"} & {r.metric for r in result.rows}
+    assert {r.metric for r in result.by_support_size} == {"AUC"}
+    assert {r.model for r in result.by_support_size} == {"oracle", "sizes", "order"}
+
+
+def test_a_partition_without_eligible_tasks_is_left_out_with_a_note():
+    judge = Judge(RATINGS, EvaluateConfig())
+    result = measure(PARTITIONS[1], lambda draw: [batch([], 0, skipped=12)], score_all, judge)
+    assert result.rows == ()
+    assert "new items: left out" in result.notes[0]
+    assert "12" in result.notes[0]
+
+
+def test_scores_that_are_not_finite_are_refused():
+    judge = Judge(RATINGS, EvaluateConfig())
+
+    def broken(batch, tasks):
+        return {"broken": np.where(tasks.query_items == 5, np.nan, 3.0)}
+
+    with pytest.raises(ValueError, match="broken"):
+        measure(PARTITIONS[0], lambda draw: [batch([1], 0)], broken, judge)
+
+
+@pytest.mark.parametrize(("episode", "draws"), [(EpisodeConfig(), 1), (RANDOM, 5), (EpisodeConfig(cut="uniform"), 5)])
+def test_draws_where_nothing_is_drawn(episode, draws):
+    assert draws_of(EvaluateConfig(episode=episode, draws=5)) == draws
+
+
+def test_gains_of_other_scales_are_mapped():
+    wide = Judge(RATINGS.model_copy(update={"label_min": -10.0, "label_max": 90.0}), EvaluateConfig())
+    assert wide.gains(np.array([-10.0, 40.0, 90.0])) == pytest.approx([0.0, 2**2.5 - 1, 31.0])
+    assert Judge(RATINGS, EvaluateConfig()).gains(np.array([1.0, 5.0])).tolist() == [1.0, 31.0]
+
+
+def test_relevant_is_the_training_mean_unless_set():
+    assert Judge(RATINGS, EvaluateConfig()).relevant_from == 3.5
+    assert Judge(RATINGS, EvaluateConfig(relevant=4)).relevant_from == 4
+    assert Judge(CLICKS, EvaluateConfig()).relevant_from == 0.5
