@@ -120,6 +120,8 @@ class FeatureSource(Section):
     """Hash ids into this many buckets, in place of a vocabulary."""
     separator: str | None = "|"
     """Between the values of a multi-valued feature stored as text."""
+    min_count: Positive = 1
+    """Values seen fewer times than this by training users (items: by trained items) get the unknown id."""
 
 
 class PrepareConfig(Section):

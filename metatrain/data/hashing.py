@@ -1,0 +1,55 @@
+"""Stable 64-bit hashes of text: the same on every machine, process and release, vectorised over Arrow's buffers.
+
+What goes through here (splits of users, hash buckets, partitions) must never depend on Python's salted `hash`, nor
+on which optional package a hash comes from.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+
+from metatrain.data.randomness import hashed
+
+Hashes = np.ndarray  # uint64 [n]
+
+_MULTIPLIER = 0x2545F4914F6CDD1D  # odd, so that its powers never vanish modulo 2^64
+_BYTE_WORDS = hashed(0x6D65746174, np.arange(256))
+
+
+def unit(hashes: Hashes) -> np.ndarray:
+    """Hashes as numbers in [0, 1), 53 bits of each."""
+    return (hashes >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def normal(hashes: Hashes) -> np.ndarray:
+    """Hashes as draws of the standard normal distribution (Box and Muller)."""
+    return np.sqrt(-2.0 * np.log1p(-unit(hashes))) * np.cos(2.0 * np.pi * unit(hashed(1, hashes)))
+
+
+def hash_text(values: pa.Array | pa.ChunkedArray, salt: str) -> Hashes:
+    """Hashes of strings under a salt: text [n] → uint64 [n]. A null hashes as the empty string.
+
+    A polynomial over per-byte random words, finalised; two salts give independent hashes.
+    """
+    array = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+    seed = _polynomial(pa.array([salt], type=pa.large_string()))
+    return hashed(seed, _polynomial(array.cast(pa.large_string())))
+
+
+def _polynomial(text: pa.Array) -> Hashes:
+    if len(text) == 0:
+        return np.zeros(0, dtype=np.uint64)
+    if text.null_count:
+        text = text.fill_null("")
+    _, offsets_buffer, data_buffer = text.buffers()
+    offsets = np.frombuffer(offsets_buffer, dtype=np.int64)[text.offset : text.offset + len(text) + 1]
+    first, last = int(offsets[0]), int(offsets[-1])
+    data = np.frombuffer(data_buffer, dtype=np.uint8)[first:last] if data_buffer is not None else np.zeros(0, np.uint8)
+    starts, lengths = offsets[:-1] - first, np.diff(offsets)
+    place = np.arange(last - first) - np.repeat(starts, lengths)
+    with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is meant
+        powers = np.cumprod(np.full(max(int(lengths.max()), 1), _MULTIPLIER, dtype=np.uint64))
+        terms = _BYTE_WORDS[data] * powers[place]
+        total = np.concatenate([np.zeros(1, np.uint64), np.cumsum(terms, dtype=np.uint64)])
+        return total[offsets[1:] - first] - total[starts] + lengths.astype(np.uint64)

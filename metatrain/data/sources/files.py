@@ -1,0 +1,117 @@
+"""Raw files wherever they are: a path, a folder, a pattern, any fsspec URL, or a member of a zip archive."""
+
+from __future__ import annotations
+
+import glob
+import io
+import os
+import posixpath
+import zipfile
+from dataclasses import dataclass
+from typing import IO, Any
+
+from metatrain import storage
+from metatrain.errors import SourceError
+
+
+@dataclass(frozen=True)
+class RawFile:
+    """One raw file: a URL, or a member of the zip archive at that URL. Picklable; opened where it is read."""
+
+    url: str
+    member: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The last part of its path."""
+        return posixpath.basename(self.member or self.url)
+
+    @property
+    def place(self) -> str:
+        """How an error message names it."""
+        return f"{self.url}: {self.member}" if self.member else self.url
+
+    def open(self) -> IO[bytes]:
+        """Opens it for reading."""
+        file = storage.open_file(self.url)
+        return zipfile.ZipFile(file).open(self.member) if self.member else file
+
+    def read(self) -> bytes:
+        """All of it."""
+        with self.open() as file:
+            return file.read()
+
+    def size(self) -> int:
+        """Its size in bytes, unpacked."""
+        if self.member is None:
+            return storage.size(self.url)
+        with storage.open_file(self.url) as file, zipfile.ZipFile(file) as archive:
+            return archive.getinfo(self.member).file_size
+
+    def fingerprint(self) -> list[Any]:
+        """What would change if the file did: URL, size, time of change where the store knows one."""
+        fs, path = storage.filesystem(self.url)
+        info = fs.info(path)
+        changed = next((str(info[k]) for k in ("mtime", "LastModified", "last_modified", "etag") if k in info), "")
+        return [self.url, int(info.get("size") or 0), changed]
+
+
+def find_files(path: str) -> list[RawFile]:
+    """The files that a path names: itself, a folder's, a pattern's, or a zip archive's members; by name.
+
+    Raises:
+        SourceError: There is nothing there, or a broken archive.
+    """
+    url = storage.absolute(path)
+    fs, inside = storage.filesystem(url)
+    prefix = url[: len(url) - len(inside)] if url.endswith(inside) else ""
+    if fs.isfile(inside):
+        return _members(url) if url.lower().endswith(".zip") else [RawFile(url)]
+    if fs.isdir(inside):
+        # A folder's files and those of the folders in it: an archive unpacks to ml-1m/ratings.dat.
+        found = [p for p in fs.find(inside) if not posixpath.basename(p).startswith((".", "_"))]
+    else:
+        found = [p for p in fs.glob(inside) if fs.isfile(p)] if glob.has_magic(inside) else []
+    if not found:
+        raise SourceError("There is no such file, folder or pattern of files.", where=path, remedy="Check `prepare.path`.")
+    return [RawFile(_with_prefix(prefix, p)) for p in sorted(found)]
+
+
+def _with_prefix(prefix: str, path: str) -> str:
+    return path if "://" in path or os.path.isabs(path) and not prefix else prefix + path
+
+
+def _members(url: str) -> list[RawFile]:
+    with storage.open_file(url) as file:
+        try:
+            names = zipfile.ZipFile(io.BytesIO(file.read()) if not file.seekable() else file).namelist()
+        except zipfile.BadZipFile as error:
+            raise SourceError(f"The archive is broken: {error}.", where=url, remedy="Download it again.") from error
+    return [RawFile(url, n) for n in sorted(names) if not n.endswith("/") and not n.startswith("__MACOSX")]
+
+
+def named(files: list[RawFile], *names: str) -> RawFile | None:
+    """The first file that has one of the names, or None."""
+    return next((f for n in names for f in files if f.name == n), None)
+
+
+def table_format(file: RawFile) -> str:
+    """Which reader a file takes, by its ending: parquet, json or csv (also of compressed text).
+
+    Raises:
+        SourceError: An ending that none takes.
+    """
+    name = file.name.lower().removesuffix(".gz")
+    for endings, kind in (
+        ((".parquet", ".pq"), "parquet"),
+        ((".jsonl", ".json", ".ndjson"), "json"),
+        ((".csv", ".tsv", ".txt"), "csv"),
+    ):
+        if name.endswith(endings):
+            return kind
+    raise SourceError(
+        "A table must be Parquet, CSV or JSON lines.",
+        where=file.place,
+        got=posixpath.splitext(name)[1] or "no ending",
+        remedy="Name files with .parquet, .csv, .tsv, .jsonl or .json (text may be .gz).",
+    )
