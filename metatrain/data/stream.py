@@ -1,4 +1,4 @@
-"""The feed of a training worker: `TaskReader` actors read ahead through the object store, `TaskStream` hands out batches.
+"""The feed of a training worker: `TaskReader` actors read ahead through the object store, `TaskStream` gives batches.
 
 The batch of a step is what the plan says, whichever reader makes it: a reader that dies is replaced where the trainer
 stands, and the trainer sees the same batches. At most `prefetch` steps are in the object store.
@@ -55,7 +55,7 @@ class TaskReader:
         self._reader: BatchReader | None = None
 
     def open(self) -> int:
-        """Opens the dataset, and returns the process's id. Not in the constructor, whose errors Ray reports as a death."""
+        """Opens the dataset, and returns the process's id. Not in the constructor: Ray reports its errors as a death."""
         self._reader = BatchReader.from_config(self._url, **self._options, read_ahead=True, verify=False)
         return os.getpid()
 
@@ -226,11 +226,12 @@ class TaskStream:
             return
 
     def _actor(self, i: int) -> Any:
-        # On this node while it has room, so that batches reach the worker through shared memory. Placed by name of
-        # the node: inside Ray Train's placement group there is no room.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        remote = ray.remote(num_cpus=self._num_cpus, max_restarts=0, scheduling_strategy=here)(TaskReader)
-        return remote.remote(self._url, self._lanes[i], self._options)
+        # On this node while it has room, so that batches reach the worker through shared memory. By the node's name,
+        # since a child of a Ray Train worker would otherwise go into its placement group, where there is no room.
+        node = ray.get_runtime_context().get_node_id()
+        here = NodeAffinitySchedulingStrategy(node, soft=True, _spill_on_unavailable=True)
+        placed = ray.remote(TaskReader).options(num_cpus=self._num_cpus, max_restarts=0, scheduling_strategy=here)
+        return placed.remote(self._url, self._lanes[i], self._options)
 
     def _opened(self, i: int, ref: ray.ObjectRef) -> None:
         try:

@@ -1,0 +1,385 @@
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from metatrain.config import DataConfig, EpisodeConfig
+from metatrain.data.batch import Ragged, TaskBatch
+from metatrain.data.dataset import TaskDataset
+from metatrain.data.episodes import split_events
+from metatrain.data.manifest import ItemSet, Split, read_manifest
+from metatrain.data.plan import EpochPlan, lanes_of
+from metatrain.data.reader import BatchReader, batch_from_events, concatenate_batches, iterate
+from metatrain.data.schema import Kind, Level
+from metatrain.data.shards import row_groups, verify_shards
+from metatrain.errors import ConfigError, DatasetError, RequestError
+
+EPISODE = EpisodeConfig(cut="uniform", support_min=2, support_max=5, query_max=3)
+Make = Callable[..., str]
+
+
+def plain(value: Any) -> Any:
+    """A batch as lists and numbers, for comparison; tensors and arrays alike."""
+    if isinstance(value, TaskBatch | Ragged):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {name: plain(column) for name, column in value.items()}
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def reader(
+    url: str, items: ItemSet = ItemSet.EXISTING, episode: EpisodeConfig = EPISODE, **options: Any
+) -> BatchReader:
+    settings = {"seed": 3, "lanes_total": 4, "tasks_per_step": 8, "window": 2, **options}
+    return BatchReader(url, Split.TRAIN, items, episode, **settings)
+
+
+def by_task(batch: TaskBatch) -> dict[int, dict[str, Any]]:
+    """Slow and obvious: what a batch says of each task."""
+    found, event = {}, 0
+    offsets = {
+        n: np.concatenate([[0], np.cumsum(c.lengths)])
+        for part in (batch.task_features, batch.item_features, batch.event_features)
+        for n, c in part.items()
+        if isinstance(c, Ragged)
+    }
+
+    def value(features: dict, name: str, row: int) -> Any:
+        if isinstance(features[name], Ragged):
+            return features[name].values[offsets[name][row] : offsets[name][row + 1]].tolist()
+        return features[name][row].tolist()
+
+    for t, task in enumerate(batch.tasks.tolist()):
+        events = []
+        for _ in range(batch.support_lengths[t] + batch.query_lengths[t]):
+            item = int(batch.event_items[event])
+            events.append(
+                {
+                    "item": int(batch.items[item]),
+                    "label": float(batch.labels[event]),
+                    "timestamp": int(batch.timestamps[event]),
+                    **{f"item:{n}": value(batch.item_features, n, item) for n in batch.item_features},
+                    **{f"event:{n}": value(batch.event_features, n, event) for n in batch.event_features},
+                }
+            )
+            event += 1
+        size = int(batch.support_lengths[t])
+        features = {f"task:{n}": value(batch.task_features, n, t) for n in batch.task_features}
+        found[task] = {"support": events[:size], "query": events[size:], **features}
+    assert event == len(batch.event_items)
+    return found
+
+
+def expected_tasks(url: str, split: Split, items: ItemSet, episode: EpisodeConfig, seed: int, epoch: int) -> dict:
+    """Slow and obvious: every task of a split by pyarrow's own lists, one at a time."""
+    manifest = read_manifest(url)
+    catalogue = pq.read_table(os.path.join(url, "catalogue.parquet")).to_pylist()
+    rows = [row for shard in manifest.of(split) for row in pq.read_table(os.path.join(url, shard.path)).to_pylist()]
+    found = {}
+    for ordinal, row in enumerate(rows):
+        wanted = [
+            e
+            for e, item in enumerate(row["items"])
+            if items is ItemSet.ALL or catalogue[item]["new"] is (items is ItemSet.NEW)
+        ]
+        chosen = split_events(np.array([len(wanted)]), episode, seed, epoch, np.array([ordinal]))
+        if chosen.skipped:
+            continue
+        events = []
+        for e in (wanted[i] for i in chosen.events):
+            event = {"item": row["items"][e], "label": row["labels"][e], "timestamp": row["timestamps"][e]}
+            event |= {k: v for k, v in catalogue[row["items"][e]].items() if k.startswith("item:")}
+            event |= {k: v[e] for k, v in row.items() if k.startswith("event:")}
+            events.append(event)
+        size = int(chosen.support_lengths[0])
+        features = {k: v for k, v in row.items() if k.startswith("task:")}
+        found[ordinal] = {"key": row["key"], "support": events[:size], "query": events[size:], **features}
+    return found
+
+
+@pytest.mark.parametrize("items", list(ItemSet))
+@pytest.mark.parametrize(
+    "episode", [EPISODE, EpisodeConfig(), EpisodeConfig(by="random", support_max=4, query_max=2, events_max=15)]
+)
+def test_equals_a_loop_over_rows(tiny_dataset: Make, items: ItemSet, episode: EpisodeConfig):
+    url = tiny_dataset()
+    expected = expected_tasks(url, Split.TEST, items, episode, seed=9, epoch=2)
+    found, keys, skipped = {}, {}, 0
+    for batch, names in iterate(url, Split.TEST, items, episode, seed=9, epoch=2, tasks_per_batch=4, keys=True):
+        found |= by_task(batch)
+        keys |= dict(zip(batch.tasks.tolist(), names.tolist(), strict=True))
+        skipped += batch.skipped
+    assert keys == {ordinal: task.pop("key") for ordinal, task in expected.items()}
+    assert found == expected
+    assert list(found) == sorted(found)
+    assert skipped == read_manifest(url).tasks[Split.TEST] - len(expected)
+    assert len(expected) > 3
+
+
+@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_every_task_once_over_workers_readers_and_restarts(tiny_dataset: Make, data: st.DataObject):
+    """Invariants 1 and 2: each step from a new world of new readers equals the step of one undisturbed reader."""
+    url = tiny_dataset()
+    epoch = data.draw(st.integers(0, 3), label="epoch")
+    whole = reader(url)
+    tasks, skipped = [], 0
+    for step in range(whole.steps(epoch)):
+        expected = whole.read(epoch, step, range(4))
+        tasks += expected.tasks.tolist()
+        skipped += expected.skipped
+        if not data.draw(st.booleans(), label="restart"):
+            continue
+        workers = data.draw(st.integers(1, 4), label="workers")
+        parts = []
+        for worker in range(workers):
+            mine = lanes_of(range(4), workers, worker)
+            readers = data.draw(st.integers(1, len(mine)), label="readers")
+            own = [reader(url, read_ahead=data.draw(st.booleans())) for _ in range(readers)]
+            parts.append(
+                concatenate_batches([r.read(epoch, step, lanes_of(mine, readers, i)) for i, r in enumerate(own)])
+            )
+            for r in own:
+                r.close()
+        assert plain(concatenate_batches(parts)) == plain(expected)
+    assert len(set(tasks)) == len(tasks)
+    assert len(tasks) + skipped == read_manifest(url).tasks[Split.TRAIN]
+    assert skipped > 0
+    whole.close()
+
+
+def test_reads_every_row_group_once_and_keeps_one_window_a_lane(tiny_dataset: Make, monkeypatch):
+    url = tiny_dataset()
+    read: list[int] = []
+    own = BatchReader.from_config(
+        url, DataConfig(lanes=2, tasks_per_step=6, shuffle_row_groups=3), Split.TRAIN, ItemSet.ALL, EPISODE, 3
+    )
+    shards = own._windows._shards
+    original = shards.read
+    monkeypatch.setattr(
+        shards, "read", lambda groups, names: (read.extend(groups.tolist()), original(groups, names))[1]
+    )
+    for step in range(own.steps(0)):
+        own.read(0, step, [0, 1])
+        assert len(own._windows._open) == 2
+    assert sorted(read) == list(range(len(row_groups(read_manifest(url).of(Split.TRAIN)))))
+
+
+def test_reading_ahead_changes_no_batch_and_keeps_two_windows_a_lane(tiny_dataset: Make):
+    url = tiny_dataset()
+    plainly, ahead = reader(url), reader(url, read_ahead=True)
+    for epoch in range(2):
+        for step in range(plainly.steps(epoch)):
+            assert plain(ahead.read(epoch, step, range(4))) == plain(plainly.read(epoch, step, range(4)))
+            assert len(ahead._windows._open) <= 8
+    ahead.close()
+    plainly.close()
+
+
+def test_reads_only_the_features_asked_for(tiny_dataset: Make, monkeypatch):
+    url = tiny_dataset()
+    own = reader(url, features=("zip", "genres"))
+    columns: set[str] = set()
+    original = own._windows._shards.read
+    monkeypatch.setattr(
+        own._windows._shards, "read", lambda groups, names: (columns.update(names), original(groups, names))[1]
+    )
+    batch = own.read(0, 0, range(4))
+    assert columns == {"items", "labels", "timestamps", "task:zip"}
+    assert (set(batch.task_features), set(batch.item_features), set(batch.event_features)) == (
+        {"zip"},
+        {"genres"},
+        set(),
+    )
+    with pytest.raises(ConfigError, match="no such feature"):
+        reader(url, features=("zap",))
+
+
+def test_steps_behind_the_epoch_are_empty_batches_of_the_right_types(tiny_dataset: Make):
+    own = reader(tiny_dataset())
+    full, empty = own.read(0, 0, range(4)), own.read(0, own.steps(0), range(4))
+    assert empty.size == 0
+    assert len(empty.items) == 0
+
+    def types(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {n: types(c) for n, c in value.items()}
+        if isinstance(value, Ragged):
+            return types(value.values), types(value.lengths)
+        return (value.dtype, value.shape[1:]) if isinstance(value, np.ndarray) else type(value)
+
+    assert types(vars(empty)) == types(vars(full))
+    assert plain(concatenate_batches([empty, full, empty])) == plain(full)
+    assert empty.tensors().labels.dtype == torch.float32
+
+
+def test_numbers_that_do_not_fit_fail_before_a_batch(tiny_dataset: Make):
+    with pytest.raises(ConfigError, match="multiple of lanes"):
+        reader(tiny_dataset(), tasks_per_step=7)
+
+
+def broken(url: str, change: Callable[[str], None]) -> str:
+    """Changes the second training shard, and gives its path."""
+    path = os.path.join(url, read_manifest(url).of(Split.TRAIN)[1].path)
+    change(path)
+    return path
+
+
+def cut_short(path: str) -> None:
+    with open(path, "r+b") as file:
+        file.truncate(os.path.getsize(path) // 2)
+
+
+def flip(place: float) -> Callable[[str], None]:
+    def change(path: str) -> None:
+        with open(path, "r+b") as file:
+            file.seek(int(os.path.getsize(path) * place))
+            byte = file.read(1)
+            file.seek(-1, 1)
+            file.write(bytes([byte[0] ^ 0xFF]))
+
+    return change
+
+
+def test_a_truncated_or_missing_shard_fails_at_the_start(tiny_dataset: Make):
+    url = tiny_dataset(fresh=True)
+    path = broken(url, cut_short)
+    with pytest.raises(DatasetError, match="truncated") as caught:
+        reader(url)
+    assert caught.value.where == path
+    assert "bytes; the manifest says" in str(caught.value)
+    assert caught.value.remedy
+    broken(url, os.remove)
+    with pytest.raises(DatasetError, match="missing"):
+        reader(url)
+
+
+def test_a_truncated_shard_names_its_file_also_without_the_check(tiny_dataset: Make):
+    url = tiny_dataset(fresh=True)
+    path = broken(url, cut_short)
+    own = reader(url, verify=False)
+    with pytest.raises(DatasetError, match="cannot be read as Parquet") as caught:
+        for step in range(own.steps(0)):
+            own.read(0, step, range(4))
+    assert caught.value.where == path
+
+
+@pytest.mark.parametrize("place", [0.05, 0.3, 0.5])
+def test_a_garbled_shard_fails_at_its_pages_checksum(tiny_dataset: Make, place: float):
+    url = tiny_dataset(fresh=True)
+    path = broken(url, flip(place))
+    own = reader(url)
+    with pytest.raises(DatasetError, match="cannot be read as Parquet") as caught:
+        for step in range(own.steps(0)):
+            own.read(0, step, range(4))
+    assert caught.value.where == path
+
+
+def test_verify_shards_finds_any_changed_byte(tiny_dataset: Make):
+    url = tiny_dataset(fresh=True)
+    manifest = read_manifest(url)
+    assert verify_shards(url, manifest) == sum(s.bytes for s in manifest.shards)
+    path = broken(url, flip(0.999))
+    with pytest.raises(DatasetError, match="checksum") as caught:
+        verify_shards(url, manifest)
+    assert caught.value.where == path
+
+
+def rewrite(change: Callable[[pa.Table], pa.Table], size: int = 4) -> Callable[[str], None]:
+    return lambda path: pq.write_table(change(pq.read_table(path)), path, row_group_size=size)
+
+
+def with_column(name: str, change: Callable[[list], list]) -> Callable[[pa.Table], pa.Table]:
+    def changed(table: pa.Table) -> pa.Table:
+        place = table.column_names.index(name)
+        column = pa.array(change(table[name].to_pylist()), table.schema.field(name).type)
+        return table.set_column(place, name, column)
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (rewrite(lambda t: t, size=3), "row groups are not those of the manifest"),
+        (rewrite(lambda t: t.drop_columns(["event:tags"])), "lacks columns"),
+        (rewrite(with_column("items", lambda rows: [[999] * len(r) for r in rows])), "catalogue rows below 30"),
+        (rewrite(with_column("labels", lambda rows: [r[:-1] for r in rows])), "differ in length"),
+        (rewrite(with_column("labels", lambda rows: [[float("nan")] * len(r) for r in rows])), "finite"),
+        (rewrite(with_column("labels", lambda rows: [[None] * len(r) for r in rows])), "without nulls"),
+        (rewrite(with_column("task:zip", lambda rows: [99] * len(rows))), "ids from 0 to 4"),
+        (rewrite(with_column("event:tags", lambda rows: [[[10]] * len(r) for r in rows])), "ids from 0 to 9"),
+        (rewrite(with_column("task:age", lambda rows: [None] * len(rows))), "without nulls"),
+    ],
+)
+def test_a_shard_that_is_not_as_the_manifest_says_is_refused(tiny_dataset: Make, change, says: str):
+    url = tiny_dataset(fresh=True)
+    path = broken(url, change)
+    own = reader(url, verify=False)
+    with pytest.raises(DatasetError, match=re.escape(says)) as caught:
+        for step in range(own.steps(0)):
+            own.read(0, step, range(4))
+    assert path in str(caught.value.where)
+
+
+def test_concatenation_looks_each_item_up_once(tiny_dataset: Make):
+    own = reader(tiny_dataset(), lanes_total=2)
+    parts = [own.read(0, 0, [lane]) for lane in range(2)]
+    joined = concatenate_batches(parts)
+    assert (np.diff(joined.items) > 0).all()
+    assert len(joined.items) < sum(len(p.items) for p in parts)
+    assert by_task(joined) == by_task(parts[0]) | by_task(parts[1])
+
+
+def test_batch_from_events_fills_in_what_is_missing(tiny_dataset: Make):
+    dataset = TaskDataset.open(tiny_dataset())
+    none = np.zeros(0, np.int64)
+    supports = [
+        (np.array([4, 2]), np.array([5.0, 1.0]), np.array([10, 20])),
+        (none, np.zeros(0), none),
+    ]
+    batch = batch_from_events(dataset, supports, [np.array([2, 7]), np.array([4])], {"zip": np.array([3, 0])})
+    assert batch.items.tolist() == [2, 4, 7]
+    assert batch.items[batch.event_items].tolist() == [4, 2, 2, 7, 4]
+    assert batch.labels.tolist() == [5, 1, 0, 0, 0]
+    assert batch.timestamps.tolist() == [10, 20, 20, 20, 0]
+    assert (batch.support_lengths.tolist(), batch.query_lengths.tolist()) == ([2, 0], [2, 1])
+    assert batch.task_features["zip"].tolist() == [3, 0]
+    assert batch.task_features["likes"].lengths.tolist() == [0, 0]
+    assert batch.event_features["gaze"].shape == (5, 4)
+    sample = next(iter(iterate(dataset, Split.TRAIN, ItemSet.ALL, EPISODE)))
+    for level in (Level.TASK, Level.ITEM, Level.EVENT):
+        names = {f.name for f in dataset.schema.of(level)}
+        assert (
+            set(getattr(batch, f"{level.value}_features")) == names == set(getattr(sample, f"{level.value}_features"))
+        )
+    kinds = {f.kind for f in dataset.schema.of(Level.EVENT)}
+    assert kinds == set(Kind)
+    with pytest.raises(RequestError, match="not in the catalogue"):
+        batch_from_events(dataset, supports, [np.array([-1]), none])
+
+
+def test_an_epoch_of_an_empty_split_has_no_step(tiny_dataset: Make):
+    url = tiny_dataset(validation=0, shards=1)
+    assert not any(b.size for b in iterate(url, Split.VALIDATION, ItemSet.ALL, EPISODE))
+
+
+def test_plan_and_reader_agree_on_the_steps(tiny_dataset: Make):
+    url = tiny_dataset()
+    plan = EpochPlan(
+        row_groups(read_manifest(url).of(Split.TRAIN)), seed=3, epoch=1, lanes=4, tasks_per_step=8, window=2
+    )
+    with contextlib.closing(reader(url)) as own:
+        assert own.steps(1) == plan.steps
