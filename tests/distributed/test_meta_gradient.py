@@ -1,0 +1,226 @@
+"""The meta-gradient equals the float64 reference, at 1 and 2 ranks, whatever engine settings and sharding.
+
+The tables' gradient is read off their fused update: with SGD, rows after - rows before = -rate × gradient.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from meta_reference import Reference, made_up_batch, part_of, schema
+from ranks import run_ranks
+from torch.distributed.tensor import DTensor
+
+from metatrain.config import Config
+from metatrain.data.batch import TaskBatch
+from metatrain.data.schema import LabelKind
+from metatrain.model.metamodel import MetaModel, build_model
+from metatrain.model.tables import distribute
+
+TOLERANCE = 1e-5
+# A power of two, so large that the float32 rounding of the updated row does not hide the gradient.
+TABLE_RATE = 1024.0
+ROWS = ("item", "genres", "likes", "hour")
+LOSSES = ("squared", "absolute", "huber", "binary_cross_entropy")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One point of the grid."""
+
+    order: int
+    rows: bool
+    dedup: bool
+    chunk: int
+    loss: str = "squared"
+    rates: str = "layer_step"
+    adapt: tuple[str, ...] = ("*",)
+    steps: int = 2
+    decay: float = 0.0
+    least_support: int = 0
+
+    @property
+    def config(self) -> Config:
+        return Config.model_validate(
+            {
+                "model": {"hidden": (6, 5), "activation": "tanh", "dedup": self.dedup, "init_scale": 0.5},
+                "meta": {
+                    "order": self.order,
+                    "adapt_rows": ROWS if self.rows else (),
+                    "chunk": self.chunk,
+                    "loss": self.loss,
+                    "inner_loss": "squared" if self.loss == "absolute" else None,
+                    "learned_rates": self.rates,
+                    "adapt": self.adapt,
+                    "steps": self.steps,
+                    "rate": 0.05,
+                },
+                "train": {
+                    "optimizer": {"table": "sgd", "table_rate": TABLE_RATE, "table_decay": self.decay},
+                    "seed": 3,
+                },
+            }
+        )
+
+    @property
+    def label(self) -> LabelKind:
+        return LabelKind.CLICK if self.loss == "binary_cross_entropy" else LabelKind.RATING
+
+    def batch(self, tasks: int = 6, seed: int = 5) -> TaskBatch:
+        return made_up_batch(tasks, seed, click=self.label is LabelKind.CLICK, least_support=self.least_support)
+
+
+def grid() -> list[Setting]:
+    """First and second order × rows × dedup × chunks, the other settings taking turns; then some corners."""
+    found = []
+    for order in (1, 2):
+        for rows in (False, True):
+            for dedup in (False, True):
+                for chunk in (0, 1, 3):
+                    turn = len(found)
+                    found.append(
+                        Setting(
+                            order, rows, dedup, chunk, LOSSES[turn % 4], ("layer_step", "none")[turn % 5 == 0],
+                            (("*",), ("head.*",), ("layers.1.*", "head.bias"))[turn % 3], decay=0.01 * (turn % 2),
+                        )
+                    )  # fmt: skip
+    return [
+        *found,
+        Setting(2, True, True, 0, steps=0),
+        Setting(2, True, True, 0, steps=4, least_support=2),
+        Setting(2, False, True, 0, rates="none", decay=0.1),
+    ]
+
+
+def model_of(setting: Setting, tables_device: str | None = None) -> MetaModel:
+    """A model with larger dense weights than at the start, so that second derivatives matter."""
+    model = build_model(schema(setting.label), setting.config, tables_device=tables_device)
+    draw = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for name, parameter in model.meta.named_parameters():
+            if name == "rates":
+                parameter += 0.02 * torch.rand(parameter.shape, generator=draw)
+            else:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=draw))
+    return model
+
+
+def gradients_on_rank(rank: int, world_size: int, points: list[Setting]) -> list[dict[str, Any]]:
+    """Each setting's gradients, as the training step makes them."""
+    found = []
+    for number, setting in enumerate(points):
+        distributed = distribute(model_of(setting, "meta"), setting.config.train.optimizer)
+        whole = setting.batch()
+        # Uneven shares; in every third setting the last rank has no task at all.
+        edge = whole.size if number % 3 == 2 else 4
+        mine = range(whole.size) if world_size == 1 else (range(edge), range(edge, whole.size))[rank]
+        before = tables_of(distributed.state_dict())
+        output = distributed.module(part_of(whole, mine).tensors(), 0, float(whole.size), world_size)
+        output.loss.backward()
+        after = tables_of(distributed.state_dict())
+        gradients = {name: p.grad for name, p in distributed.dense_parameters().items()}
+        gradients |= {name: (before[name].double() - after[name].double()) / TABLE_RATE for name in before}
+        found.append({"gradients": gradients, "before": output.before, "after": output.after, "gains": output.gains})
+    return found
+
+
+def tables_of(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {
+        name: value.full_tensor().clone()
+        for name, value in state.items()
+        if isinstance(value, DTensor) and not name.startswith("table_optimizer.")
+    }
+
+
+@functools.cache
+def reference_of(setting: Setting, tasks: int = 6, seed: int = 5) -> tuple[dict[str, torch.Tensor], float, float]:
+    """The same gradients from the reference, and the sums of the tasks' losses before and after."""
+    batch = setting.batch(tasks, seed)
+    model = model_of(setting)
+    values = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
+    rates = values.get("meta.rates", model.meta.rates.double())
+    reference = Reference(
+        schema(setting.label),
+        setting.config,
+        {name.removeprefix("meta.learner."): v for name, v in values.items() if "learner" in name},
+        rates,
+        model.meta.rate_names,
+        {name.split(".")[-2]: v for name, v in values.items() if name.startswith("tables.")},
+    )
+    reference.outer_loss(batch).backward()
+    before, after = (float(torch.stack(losses).detach().sum()) for losses in reference.task_losses(batch))
+    return {n: torch.zeros_like(v) if v.grad is None else v.grad for n, v in values.items()}, before, after
+
+
+def assert_equal_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, reference in expected.items():
+        error = float((found[name].double() - reference).norm())
+        assert error <= TOLERANCE * float(reference.norm()) + 1e-9, f"{name}: {error} of {float(reference.norm())}"
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1rank", "2ranks"])
+def by_ranks(request: pytest.FixtureRequest) -> list[list[dict[str, Any]]]:
+    """All of the grid on so many ranks, launched once: results by rank, then by setting."""
+    return run_ranks(gradients_on_rank, request.param, grid(), seconds=110)
+
+
+@pytest.mark.parametrize("number", range(len(grid())), ids=lambda n: str(n))
+def test_distributed_meta_gradient_equals_reference(by_ranks: list[list[dict[str, Any]]], number: int) -> None:
+    setting = grid()[number]
+    expected, before, after = reference_of(setting)
+    for rank in by_ranks:
+        assert_equal_gradients(rank[number]["gradients"], expected)
+    parts = [rank[number] for rank in by_ranks]
+    assert sum(float(p["before"]) for p in parts) == pytest.approx(before, rel=TOLERANCE)
+    assert sum(float(p["after"]) for p in parts) == pytest.approx(after, rel=TOLERANCE)
+    assert sum(float(p["gains"].sum()) for p in parts) == pytest.approx(before - after, rel=1e-4, abs=1e-4)
+    if setting.steps and setting.batch().support_lengths.any():
+        assert abs(before - after) > 1e-3, "this setting shows nothing: adaptation changes no score"
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    point=st.builds(
+        Setting,
+        order=st.sampled_from([1, 2]),
+        rows=st.booleans(),
+        dedup=st.booleans(),
+        chunk=st.sampled_from([0, 1, 2, 3]),
+        loss=st.sampled_from(LOSSES),
+        rates=st.sampled_from(["none", "layer_step"]),
+        adapt=st.sampled_from([("*",), ("head.*",), ("layers.0.weight",)]),
+        steps=st.integers(0, 3),
+        decay=st.sampled_from([0.0, 0.1]),
+    ),
+    tasks=st.integers(1, 5),
+    seed=st.integers(0, 999),
+)
+def test_unsharded_meta_gradient_equals_reference(point: Setting, tasks: int, seed: int) -> None:
+    batch = point.batch(tasks, seed)
+    model = model_of(point)
+    model(batch.tensors(), 0, float(tasks)).loss.backward()
+    found = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
+    assert_equal_gradients(found, reference_of(point, tasks, seed)[0])
+
+
+def test_reference_sees_second_order() -> None:
+    # Guards the guard: the two orders differ by far more than the tolerance.
+    first, second = (reference_of(Setting(order, False, True, 0))[0] for order in (1, 2))
+    name = "meta.learner.layers.0.weight"
+    assert float((first[name] - second[name]).norm()) > 100 * TOLERANCE * float(second[name].norm())
+
+
+def test_batch_in_parts_is_the_batch() -> None:
+    whole = made_up_batch(7, 5)
+    parts = [part_of(whole, range(5)), part_of(whole, range(5, 7))]
+    np.testing.assert_array_equal(np.concatenate([p.labels for p in parts]), whole.labels)
+    items = np.concatenate([p.items[p.event_items] for p in parts])
+    np.testing.assert_array_equal(items, whole.items[whole.event_items])
