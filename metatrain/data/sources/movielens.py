@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 from metatrain.config import FeatureSource, PrepareConfig
 from metatrain.data.sources.checks import Check
 from metatrain.data.sources.download import movielens_archive
+from metatrain.data.sources.features import chosen_features
 from metatrain.data.sources.files import RawFile, find_files, named
 from metatrain.data.sources.labels import label_check, labelled
 from metatrain.data.sources.rawlog import Chunk, RawLog, Rows, TableChunk
@@ -114,7 +115,6 @@ def read_movielens(config: PrepareConfig) -> RawLog:
         features += [
             FeatureSource(name=n, level="task", kind="categorical", width=width) for n in ("gender", "age", "occupation")
         ]
-    chosen = {f.name: f for f in config.features}
     bad = release.items.bad + (release.users.bad if release.users else 0)
     return RawLog(
         name=source,
@@ -122,7 +122,7 @@ def read_movielens(config: PrepareConfig) -> RawLog:
         events_estimate=file.size() // _EVENT_BYTES,
         tasks=tasks,
         items=[TableChunk(items)],
-        features=tuple(chosen[f.name] for f in features if f.name in chosen) if chosen else tuple(features),
+        features=chosen_features(features, config),
         facts={"ratings": file.place},
         notes=notes,
         fingerprint=[f.fingerprint() for f in used],

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from metatrain.config import FeatureSource, PrepareConfig
 from metatrain.data.sources.checks import Check, parsed, text_of
+from metatrain.data.sources.features import chosen_features
 from metatrain.data.sources.files import RawFile, find_files, named
 from metatrain.data.sources.labels import label_check, labelled
 from metatrain.data.sources.rawlog import RawLog, Rows, TableChunk
@@ -116,7 +117,6 @@ def read_netflix(config: PrepareConfig) -> RawLog:
     check = label_check(config)
     titles = named(files, "movie_titles.csv", "movie_titles.txt")
     features = (FeatureSource(name="year", level="item", kind="categorical", width=config.feature_width),)
-    chosen = {f.name: f for f in config.features}
     return RawLog(
         name="netflix",
         events=[
@@ -125,7 +125,7 @@ def read_netflix(config: PrepareConfig) -> RawLog:
         ],
         events_estimate=_total_size(ratings) // _EVENT_BYTES,
         items=None if titles is None else [TableChunk(_titles(titles))],
-        features=() if titles is None else tuple(chosen.get(f.name, f) for f in features),
+        features=chosen_features(features if titles else (), config),
         facts={"ratings_files": len(ratings)},
         notes=[] if titles else ["no movie_titles.csv: items have neither title nor year"],
         fingerprint=[f.fingerprint() for f in [*ratings, *([titles] if titles else [])]],

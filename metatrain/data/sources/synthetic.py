@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 from metatrain.config import FeatureSource, PrepareConfig, Synthetic
 from metatrain.data.hashing import normal, unit
 from metatrain.data.randomness import hashed
+from metatrain.data.sources.features import chosen_features
 from metatrain.data.sources.rawlog import RawLog, Rows, TableChunk
 
 _CENTRE = 3.5
@@ -93,14 +94,13 @@ def read_synthetic(config: PrepareConfig) -> RawLog:
         FeatureSource(name="tags", level="item", kind="multi", width=width),
         FeatureSource(name="quality", level="item", kind="numeric"),
     )
-    chosen = {f.name: f for f in config.features}
     return RawLog(
         name="synthetic",
         events=[UsersChunk(s, *span, "events") for span in spans],
         events_estimate=s.users * s.events_per_user,
         tasks=[UsersChunk(s, *span, "users") for span in spans],
         items=[TableChunk(_items(s))],
-        features=tuple(chosen[f.name] for f in features if f.name in chosen) if chosen else features,
+        features=chosen_features(features, config),
         facts=bayes_errors(s),
     )
 
