@@ -190,7 +190,10 @@ def measure(
         else:
             undefined[metric] = True
     if undefined:
-        notes.append(f"{partition.name}: {', '.join(undefined)} left out: undefined for every task.")
+        why = (
+            "no task has them defined: hit rate and recall need queries of more than k events, AUC both kinds of labels"
+        )
+        notes.append(f"{partition.name}: {', '.join(undefined)} left out, {why}.")
     sizes = [
         SizeRow(model, partition.name, judge.curve_metric, *_fields(estimate), 1, size)
         for (model, size), parts in curve.items()

@@ -107,7 +107,11 @@ class Report:
         head += f"; ± is half the {level} interval over tasks, * the best" if rows else ""
         # The interval stands beside the first metric alone: a table of ten columns of them is not read.
         columns = [
-            [metric, *(_cell(cells, models, m, metric, metric == metrics[0]) for m in models)] for metric in metrics
+            [
+                metric.replace("hit rate", "hit"),
+                *(_cell(cells, models, m, metric, metric == metrics[0]) for m in models),
+            ]
+            for metric in metrics
         ]
         counts = [max((r.tasks for r in rows if r.metric == metric), default=0) for metric in metrics]
         for column, count in zip(columns, counts, strict=True):
@@ -135,8 +139,8 @@ def _cell(cells: dict[tuple[str, str], Row], models: list[str], model: str, metr
     # A mark on every row would say nothing: where all models tie there is no best.
     mark = "*" if math.isclose(row.value, best, rel_tol=1e-9) and max(values) - min(values) > 1e-9 else " "
     half = (row.high - row.low) / 2
-    around = f" ±{half:.4f}" if interval and math.isfinite(half) else ""
-    return f"{row.value:.4f}{around}{mark}"
+    around = f" ±{half:.3f}" if interval and math.isfinite(half) else ""
+    return f"{row.value:.3f}{around}{mark}"
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:

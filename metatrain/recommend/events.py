@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import posixpath
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ from metatrain.errors import RequestError
 from metatrain.recommend.encoding import as_text, encoded
 
 #: What `Recommender.adapt` takes.
-Events = str | pa.Table | Sequence[Mapping[str, Any]]
+Events = str | os.PathLike[str] | pa.Table | Sequence[Mapping[str, Any]]
 
 USER, ITEM, LABEL, TIMESTAMP = "user", "item", "label", "timestamp"
 
@@ -86,12 +87,12 @@ def read_requests(events: Events, dataset: TaskDataset, support_max: int) -> Req
             file, the place, the value and the remedy.
     """
     table, places = _table(events)
+    if not table.num_rows:
+        raise RequestError("There are no events.", where=places.file, remedy="Give at least one event: item and label.")
     if ITEM not in table.column_names:
         raise _missing(ITEM, table, places)
     if LABEL not in table.column_names and dataset.schema.label is LabelKind.RATING:
         raise _missing(LABEL, table, places)
-    if not table.num_rows:
-        raise RequestError("There are no events.", where=places.file, remedy="Give at least one event: item and label.")
     items = _checked(as_text(_whole(table[ITEM])), Check.KEY, ITEM, places)
     users = (
         _checked(as_text(_whole(table[USER])), Check.KEY, USER, places)
@@ -162,15 +163,19 @@ class Places:
 def _table(events: Events) -> tuple[pa.Table, Places]:
     if isinstance(events, pa.Table):
         return events, Places("the table", 0, "row")
-    if not isinstance(events, str):
+    if not isinstance(events, str | os.PathLike):
         try:
-            return pa.Table.from_pylist([dict(e) for e in events]), Places("the list", 0, "event")
+            listed = [dict(event) for event in events]
+            # All events' columns: pyarrow would take those of the first event alone.
+            names = list(dict.fromkeys(name for event in listed for name in event))
+            return pa.table({n: [event.get(n) for event in listed] for n in names}), Places("the list", 0, "event")
         except (pa.ArrowInvalid, pa.ArrowTypeError, TypeError, ValueError) as error:
             raise RequestError(
                 f"The events cannot be read as a table: {error}",
                 where="the list",
                 remedy="Give one mapping an event, with values of one type a column.",
             ) from error
+    events = os.fspath(events)
     kind = posixpath.splitext(events)[1].lower()
     readers = {".csv": _csv, ".jsonl": _json, ".json": _json, ".ndjson": _json, ".parquet": _parquet}
     if kind not in readers:
@@ -186,7 +191,9 @@ def _table(events: Events) -> tuple[pa.Table, Places]:
     try:
         return readers[kind](storage.read_bytes(events)), Places(events, first, word)
     except (pa.ArrowInvalid, pa.ArrowKeyError, UnicodeDecodeError, csv.Error) as error:
-        raise RequestError(f"The file cannot be parsed: {error}", where=events, remedy="Mend the line.") from error
+        raise RequestError(
+            f"The file cannot be parsed: {error}", where=events, remedy="Mend the line; JSON is one object a line."
+        ) from error
 
 
 def _csv(content: bytes) -> pa.Table:

@@ -55,13 +55,13 @@ def test_table_marks_the_best_and_aligns(report):
     assert "90%" in head
     assert "2 draws" in head
     of = {line[:12].strip(): line for line in models}
-    assert "0.7000 ±0.0200*" in of["adapted"]
-    assert "0.8500*" in of["popularity"]
+    assert "0.700 ±0.020*" in of["adapted"]
+    assert "0.850*" in of["popularity"]
     assert "*" not in of["global mean"]
     assert "–" in of["popularity"]
     assert tasks.split() == ["tasks", "90", "80"]
     # Figures of a column end at the same place.
-    assert of["adapted"].index("0.8000") == of["global mean"].index("0.5000") == of["popularity"].index("0.8500")
+    assert of["adapted"].index("0.800") == of["global mean"].index("0.500") == of["popularity"].index("0.850")
     assert names.split() == ["MAE", "AUC"]
     assert "note: new items" in blocks[2]
 
