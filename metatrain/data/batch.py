@@ -15,10 +15,12 @@ Symbols: T tasks, N events (all tasks, support and query), U unique items.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 Array = Any  # np.ndarray on the reader's side, torch.Tensor on the worker's
 
@@ -57,7 +59,8 @@ class TaskBatch:
         return int(self.tasks.shape[0])
 
     def tensors(self, device: torch.device | str = "cpu") -> TaskBatch:
-        """The same batch as tensors on a device; integer columns become int64. No copy on the CPU where none is needed."""
+        """The same batch as tensors on a device; integers become int64. No copy on the CPU where none is needed."""
+        import torch  # here: a reader's process makes no tensor, and starts without torch's seconds and megabytes
 
         def convert(value: Any) -> Any:
             if isinstance(value, dict):

@@ -55,7 +55,7 @@ class TaskReader:
         self._reader: BatchReader | None = None
 
     def open(self) -> int:
-        """Opens the dataset, and returns the process's id. Not in the constructor: Ray reports its errors as a death."""
+        """Opens the dataset; the process's id. Not in the constructor: Ray reports a constructor's errors as a death."""
         self._reader = BatchReader.from_config(self._url, **self._options, read_ahead=True, verify=False)
         return os.getpid()
 

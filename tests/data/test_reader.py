@@ -39,11 +39,13 @@ def plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def reader(
-    url: str, items: ItemSet = ItemSet.EXISTING, episode: EpisodeConfig = EPISODE, **options: Any
-) -> BatchReader:
+def reader(url: str, **options: Any) -> BatchReader:
     settings = {"seed": 3, "lanes_total": 4, "tasks_per_step": 8, "window": 2, **options}
-    return BatchReader(url, Split.TRAIN, items, episode, **settings)
+    return BatchReader(url, Split.TRAIN, ItemSet.EXISTING, EPISODE, **settings)
+
+
+def read_epoch(own: BatchReader) -> list[TaskBatch]:
+    return [own.read(0, step, range(4)) for step in range(own.steps(0))]
 
 
 def by_task(batch: TaskBatch) -> dict[int, dict[str, Any]]:
@@ -271,8 +273,7 @@ def test_a_truncated_shard_names_its_file_also_without_the_check(tiny_dataset: M
     path = broken(url, cut_short)
     own = reader(url, verify=False)
     with pytest.raises(DatasetError, match="cannot be read as Parquet") as caught:
-        for step in range(own.steps(0)):
-            own.read(0, step, range(4))
+        read_epoch(own)
     assert caught.value.where == path
 
 
@@ -282,8 +283,7 @@ def test_a_garbled_shard_fails_at_its_pages_checksum(tiny_dataset: Make, place: 
     path = broken(url, flip(place))
     own = reader(url)
     with pytest.raises(DatasetError, match="cannot be read as Parquet") as caught:
-        for step in range(own.steps(0)):
-            own.read(0, step, range(4))
+        read_epoch(own)
     assert caught.value.where == path
 
 
@@ -329,8 +329,7 @@ def test_a_shard_that_is_not_as_the_manifest_says_is_refused(tiny_dataset: Make,
     path = broken(url, change)
     own = reader(url, verify=False)
     with pytest.raises(DatasetError, match=re.escape(says)) as caught:
-        for step in range(own.steps(0)):
-            own.read(0, step, range(4))
+        read_epoch(own)
     assert path in str(caught.value.where)
 
 

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import ray
+
+from metatrain.config import DataConfig, EpisodeConfig
+from metatrain.data.batch import Ragged, TaskBatch
+from metatrain.data.manifest import ItemSet, Split
+from metatrain.data.plan import lanes_of
+from metatrain.data.reader import BatchReader, concatenate_batches
+from metatrain.data.stream import TaskStream
+from metatrain.errors import ConfigError, DatasetError
+
+DATA = DataConfig(
+    episode=EpisodeConfig(cut="uniform", support_max=5, query_max=3),
+    lanes=4,
+    tasks_per_step=8,
+    shuffle_row_groups=2,
+    prefetch=3,
+    readers_per_worker=2,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def session() -> Iterator[None]:
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+def plain(value: Any) -> Any:
+    if isinstance(value, TaskBatch | Ragged):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {name: plain(column) for name, column in value.items()}
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def undisturbed(url: str, epoch: int, data: DataConfig = DATA) -> list[Any]:
+    with contextlib.closing(
+        BatchReader.from_config(url, data, Split.TRAIN, ItemSet.EXISTING, data.episode, 3)
+    ) as reader:
+        return [plain(reader.read(epoch, step, range(data.lanes))) for step in range(reader.steps(epoch))]
+
+
+@pytest.fixture(scope="module")
+def stream(session: None, tiny_dataset: Callable[..., str]) -> Iterator[TaskStream]:
+    """One worker with two readers. Ray starts a process for each reader, so tests share it."""
+    with contextlib.closing(TaskStream(tiny_dataset(), DATA, seed=3, num_cpus=0.1)) as opened:
+        yield opened
+
+
+def test_two_readers_make_the_plans_batches(stream: TaskStream, tiny_dataset: Callable[..., str]):
+    assert len(set(stream.pids())) == 2
+    waited = stream.wait_seconds
+    for epoch in range(2):
+        assert stream.steps(epoch) == len(undisturbed(tiny_dataset(), epoch))
+        assert [plain(b) for b in stream.batches(epoch)] == undisturbed(tiny_dataset(), epoch)
+    assert stream.wait_seconds > waited
+    assert stream.restarts == 0
+
+
+def test_two_workers_make_the_plans_batches(tiny_dataset: Callable[..., str]):
+    url, data = tiny_dataset(), DATA.model_copy(update={"readers_per_worker": 1})
+    with contextlib.ExitStack() as stack:
+        streams = [
+            stack.enter_context(
+                contextlib.closing(TaskStream(url, data, seed=3, lanes=lanes_of(range(4), 2, rank), num_cpus=0.1))
+            )
+            for rank in range(2)
+        ]
+        parts = zip(*(s.batches(1) for s in streams), strict=True)
+        assert [plain(concatenate_batches(p)) for p in parts] == undisturbed(url, 1)
+
+
+def test_starts_at_any_step_and_changes_its_place(stream: TaskStream, tiny_dataset: Callable[..., str]):
+    url = tiny_dataset()
+    assert [plain(b) for b in stream.batches(1, 5)] == undisturbed(url, 1)[5:]
+    left = stream.batches(0, 2)
+    assert plain(next(left)) == undisturbed(url, 0)[2]
+    left.close()
+    assert [plain(b) for b in stream.batches(0, 1)] == undisturbed(url, 0)[1:]
+
+
+def test_a_reader_works_ahead_while_the_trainer_computes(stream: TaskStream):
+    batches = stream.batches(0)
+    next(batches)
+    ahead = [ref for _, _, refs in stream._queue for ref in refs]
+    assert len(ahead) == 2 * (DATA.prefetch - 1)
+    done, _ = ray.wait(ahead, num_returns=len(ahead), timeout=60)
+    assert len(done) == len(ahead)  # made before anybody asked for them
+
+
+def test_nothing_is_read_behind_the_last_epoch(tiny_dataset: Callable[..., str]):
+    one = DATA.model_copy(update={"readers_per_worker": 1})
+    with contextlib.closing(TaskStream(tiny_dataset(), one, seed=3, epochs=1, num_cpus=0.1)) as stream:
+        in_flight = [len(stream._queue) for _ in stream.batches(0)]
+        assert max(in_flight) == DATA.prefetch - 1
+        assert in_flight[-1] == 0
+
+
+def test_what_cannot_be_used_is_raised_as_itself(tiny_dataset: Callable[..., str], tmp_path):
+    with pytest.raises(DatasetError, match="no manifest"):
+        TaskStream(str(tmp_path / "nothing"), DATA, seed=3)
+    with pytest.raises(ConfigError, match="no such feature") as caught:
+        TaskStream(tiny_dataset(), DATA, seed=3, lanes=[0], features=("zap",), num_cpus=0.1)  # found in the actor
+    assert type(caught.value) is ConfigError
+    assert "Traceback" not in str(caught.value)
+    assert caught.value.got == "zap"

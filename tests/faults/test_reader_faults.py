@@ -1,0 +1,147 @@
+"""Readers that die or that read broken shards, in the middle of an epoch."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from metatrain.config import DataConfig, EpisodeConfig
+from metatrain.data import stream as streaming
+from metatrain.data.batch import Ragged, TaskBatch
+from metatrain.data.manifest import ItemSet, Split, read_manifest
+from metatrain.data.reader import BatchReader
+from metatrain.data.stream import TaskStream
+from metatrain.errors import DatasetError, TrainingError
+
+DATA = DataConfig(
+    episode=EpisodeConfig(cut="uniform", support_max=5, query_max=3),
+    lanes=4,
+    tasks_per_step=8,
+    shuffle_row_groups=2,
+    prefetch=3,
+    readers_per_worker=2,
+)
+
+
+def write_tiny_dataset(url: str, **settings: Any) -> None:
+    path = Path(__file__).parents[1] / "data" / "tiny_dataset.py"
+    spec = importlib.util.spec_from_file_location("tiny_dataset", path)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.write_tiny_dataset(url, **settings)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def session() -> Iterator[None]:
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp("tiny"))
+    write_tiny_dataset(folder)
+    return folder
+
+
+def plain(value: Any) -> Any:
+    if isinstance(value, TaskBatch | Ragged):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {name: plain(column) for name, column in value.items()}
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def undisturbed(url: str, epoch: int) -> list[Any]:
+    with contextlib.closing(
+        BatchReader.from_config(url, DATA, Split.TRAIN, ItemSet.EXISTING, DATA.episode, 3)
+    ) as reader:
+        return [plain(reader.read(epoch, step, range(DATA.lanes))) for step in range(reader.steps(epoch))]
+
+
+def test_readers_that_die_are_replaced_where_the_trainer_stands(url: str, caplog):
+    with contextlib.closing(TaskStream(url, DATA, seed=3, num_cpus=0.1)) as stream:
+        found = []
+        for epoch in range(2):
+            for step, batch in enumerate(stream.batches(epoch)):
+                found.append(plain(batch))
+                if (epoch, step) == (0, 0):
+                    os.kill(stream.pids()[1], signal.SIGKILL)
+                elif (epoch, step) == (0, 4):
+                    ray.kill(stream._actors[0])
+                elif (epoch, step) == (1, 2):
+                    for pid in stream.pids():
+                        os.kill(pid, signal.SIGKILL)
+        assert found == undisturbed(url, 0) + undisturbed(url, 1)
+        assert stream.restarts == 4
+        assert len([r for r in caplog.records if "another one goes on at epoch" in r.getMessage()]) == 4
+
+
+class Doomed(streaming.TaskReader):
+    """Dies at its second step, whoever replaces it."""
+
+    def read(self, epoch: int, step: int) -> TaskBatch:
+        if step >= 1:
+            os._exit(1)
+        return super().read(epoch, step)
+
+
+def test_readers_that_keep_dying_end_the_run(url: str, monkeypatch):
+    monkeypatch.setattr(streaming, "TaskReader", Doomed)
+    monkeypatch.setattr(streaming, "DEATHS_IN_A_ROW", 2)
+    one = DATA.model_copy(update={"readers_per_worker": 1})
+    with contextlib.closing(TaskStream(url, one, seed=3, num_cpus=0.1)) as stream:
+        batches = stream.batches(0)
+        next(batches)
+        with pytest.raises(TrainingError, match="keep dying") as caught:
+            next(batches)
+        assert stream.restarts == 2
+        assert "epoch 0, step 1, lanes [0, 1, 2, 3]" in str(caught.value)
+        assert caught.value.remedy
+
+
+def test_a_shard_garbled_in_mid_run_is_an_error_of_its_own_and_no_death(tmp_path):
+    url = str(tmp_path)
+    write_tiny_dataset(url)
+    with contextlib.closing(TaskStream(url, DATA, seed=3, lanes=[0], num_cpus=0.1)) as stream:
+        for shard in read_manifest(url).of(Split.TRAIN):
+            path = os.path.join(url, shard.path)
+            with open(path, "r+b") as file:
+                content = file.read()
+                file.seek(0)
+                file.write(bytes(byte ^ 0xFF for byte in content))
+        with pytest.raises(DatasetError, match="cannot be read as Parquet") as caught:
+            list(stream.batches(0))
+        assert type(caught.value) is DatasetError
+        assert caught.value.where
+        assert caught.value.where.startswith(url)
+        assert stream.restarts == 0
+
+
+def test_a_truncated_shard_fails_before_a_reader_starts(tmp_path):
+    url = str(tmp_path)
+    write_tiny_dataset(url)
+    path = os.path.join(url, read_manifest(url).of(Split.TRAIN)[0].path)
+    os.truncate(path, 100)
+    with pytest.raises(DatasetError, match="truncated") as caught:
+        TaskStream(url, DATA, seed=3)
+    assert caught.value.where == path
+
+
+def test_a_reader_without_room_is_an_error_and_no_silent_wait(url: str, monkeypatch):
+    monkeypatch.setattr(streaming, "START_SECONDS", 3.0)
+    with pytest.raises(TrainingError, match="no CPU left") as caught:
+        TaskStream(url, DATA, seed=3, num_cpus=64)
+    assert "64 CPUs wanted" in str(caught.value)
