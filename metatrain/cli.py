@@ -165,9 +165,9 @@ def _evaluate(given: list[str]) -> None:
     trained = storage.join(run, "config.yaml")
     default = load_config(trained).evaluate if run and storage.exists(trained) else EvaluateConfig()
     options = _parse(EvaluateArguments, EvaluateArguments(default), rest, "evaluate RUN")
-    from metatrain.evaluate.report import evaluate_run
+    from metatrain.evaluate.evaluation import evaluate_run
 
-    print(evaluate_run(run, evaluate=options.evaluate, checkpoint=options.checkpoint).render())
+    print(evaluate_run(run, evaluate=options.evaluate, checkpoint=options.checkpoint).table())
 
 
 def _recommend(given: list[str]) -> None:

@@ -23,12 +23,12 @@ from metatrain import storage
 from metatrain.checkpoint import committed_steps, read_marker
 from metatrain.config import Config, to_yaml, validated
 from metatrain.data.dataset import TaskDataset
-from metatrain.data.manifest import ItemSet, Split
-from metatrain.data.reader import BatchReader
+from metatrain.data.manifest import Split
 from metatrain.errors import ConfigError, MetatrainError, TrainingError
 from metatrain.model.metamodel import build_model
 from metatrain.observe.progress import TrainingProgress
 from metatrain.train.identity import check_identity, identity
+from metatrain.train.step import open_reader
 from metatrain.train.worker import Seat, train
 
 log = logging.getLogger("metatrain")
@@ -70,9 +70,9 @@ def check(config: Config) -> None:
         MetatrainError: A dataset, shard, feature, parameter pattern or checkpoint that cannot be used.
     """
     dataset = TaskDataset.open(config.data.dataset)
-    build_model(dataset.schema, config, "cpu", tables=False)
-    for split, episode in ((Split.TRAIN, config.data.episode), (Split.VALIDATION, config.evaluate.episode)):
-        BatchReader.from_config(dataset.url, config.data, split, ItemSet.EXISTING, episode, seed=0)
+    build_model(dataset.schema, config, "cpu", tables_device="meta")
+    for split in (Split.TRAIN, Split.VALIDATION):
+        open_reader(dataset, config, split).close()  # every shard is there, and as long as the manifest says
     if not dataset.manifest.tasks.get(Split.TRAIN):
         raise ConfigError("The dataset has no training user.", where=dataset.url, remedy="Lower `prepare.min_events`.")
     if steps := committed_steps(config.run_url):

@@ -12,8 +12,11 @@ from torch import Tensor
 
 from metatrain.config import Config
 from metatrain.data.batch import TaskBatch
+from metatrain.data.dataset import TaskDataset
+from metatrain.data.manifest import ItemSet, Split
 from metatrain.data.reader import BatchReader
 from metatrain.errors import TrainingError
+from metatrain.meta.maml import MAML
 from metatrain.model.metamodel import StepOutput
 from metatrain.model.tables import Distributed
 from metatrain.train.outer import DenseOptimizer, rate_share
@@ -43,12 +46,33 @@ def training_step(
     share = rate_share(config.train.optimizer, step, last)
     # The tables are updated inside backward: their rate is set before.
     distributed.set_table_rate(share * config.train.optimizer.table_rate)
-    low = config.train.precision == "bfloat16"
-    with torch.autocast(batch.labels.device.type, dtype=torch.bfloat16, enabled=low):
-        output: StepOutput = distributed.module(batch, step, tasks.clamp(min=1.0), world_size)
+    output: StepOutput = distributed.module(batch, step, tasks.clamp(min=1.0).to(batch.labels.dtype), world_size)
     output.loss.backward()
     norm = optimizer.update(share * config.train.optimizer.rate)
     return Outcome(output, norm, share)
+
+
+def open_reader(dataset: TaskDataset, config: Config, split: Split) -> BatchReader:
+    """A reader of a split's known items in this process: training's episodes for training users, else evaluation's."""
+    training = split is Split.TRAIN
+    return BatchReader.from_config(
+        dataset,
+        config.data,
+        split,
+        ItemSet.EXISTING,
+        config.data.episode if training else config.evaluate.episode,
+        config.train.seed if training else config.evaluate.seed,
+        shuffle=training,
+        features=config.model.features,
+    )
+
+
+def mean_inner_rates(meta: MAML) -> dict[str, float]:
+    """The inner rate of each adapted tensor, its mean over the steps, as curves."""
+    if not meta.rates.numel():
+        return {}
+    means = meta.rates.detach().mean(0).tolist()
+    return {f"rates/{name}": rate for name, rate in zip(meta.rate_names, means, strict=True)}
 
 
 def validation_losses(
@@ -64,7 +88,7 @@ def validation_losses(
     with torch.no_grad():
         for step in range(reader.steps(0)):
             batch = reader.read(0, step, lanes).tensors(device)
-            output: StepOutput = distributed.module(batch, 0, torch.ones((), dtype=torch.float64), world_size)
+            output: StepOutput = distributed.module(batch, 0, 1.0, world_size)
             sums += torch.stack([output.before, output.after, torch.as_tensor(float(batch.size))]).to(sums)
     distributed.module.train()
     dist.all_reduce(sums)
@@ -96,7 +120,13 @@ class Totals:
         """Adds a step; `wait_seconds` is the time waited for data since the run began."""
         out = outcome.output
         self._sums[:5] += torch.stack(
-            [out.before, out.after, out.improved, torch.as_tensor(float(batch.size)), torch.as_tensor(float(batch.skipped))]
+            [
+                out.before,
+                out.after,
+                (out.gains > 0).sum().to(out.after),
+                torch.as_tensor(float(batch.size)),
+                torch.as_tensor(float(batch.skipped)),
+            ]
         ).to(self._sums)
         self._sums[5] += batch.labels.shape[0]
         self._waited, self._steps, self._last = wait_seconds, self._steps + 1, outcome

@@ -18,17 +18,16 @@ from metatrain.config import Config
 from metatrain.data.dataset import TaskDataset
 from metatrain.data.manifest import ItemSet, Split
 from metatrain.data.plan import lanes_of
-from metatrain.data.reader import BatchReader
 from metatrain.data.stream import TaskStream
 from metatrain.errors import TrainingError
 from metatrain.model.metamodel import build_model
-from metatrain.model.tables import distribute, initialise
+from metatrain.model.tables import distribute
 from metatrain.observe.tensorboard import Board
 from metatrain.train.early_stopping import Patience
 from metatrain.train.identity import check_identity, identity
 from metatrain.train.outer import DenseOptimizer
 from metatrain.train.run_text import write_texts
-from metatrain.train.step import Totals, training_step, validation_losses
+from metatrain.train.step import Totals, mean_inner_rates, open_reader, training_step, validation_losses
 
 
 @dataclass(frozen=True)
@@ -48,9 +47,8 @@ def train(config: Config, seat: Seat) -> None:
         MetatrainError: The dataset, a checkpoint or the loss cannot be used.
     """
     dataset = TaskDataset.open(config.data.dataset)
-    model = build_model(dataset.schema, config, seat.device)
+    model = build_model(dataset.schema, config, seat.device, tables_device="meta")
     distributed = distribute(model, config.train.optimizer, seat.device)
-    initialise(distributed.module, config.train.seed, config.model.init_scale)
     optimizer = DenseOptimizer(distributed.dense_parameters(), config.train.optimizer)
 
     def state() -> dict[str, Any]:
@@ -67,13 +65,12 @@ def train(config: Config, seat: Seat) -> None:
         cursor, patience = marker.cursor, Patience(config.train.early_stopping, marker.loop)
         seat.tell({"say": f"going on from the checkpoint at step {cursor.total}"})
 
-    lanes = lanes_of(config.data.lanes, seat.world_size, seat.rank)
-    stream = TaskStream(dataset.url, config.data, seed=config.train.seed, lanes=lanes)
-    validation = BatchReader.from_config(
-        dataset.url, config.data, Split.VALIDATION, ItemSet.EXISTING, config.evaluate.episode, config.evaluate.seed, shuffle=False
-    )
+    lanes = lanes_of(range(config.data.lanes), seat.world_size, seat.rank)
+    features, epochs = config.model.features, config.train.epochs
+    stream = TaskStream(dataset.url, config.data, seed=config.train.seed, lanes=lanes, features=features, epochs=epochs)
+    validation = open_reader(dataset, config, Split.VALIDATION)
     validates = bool(config.train.validate_every) and dataset.manifest.tasks.get(Split.VALIDATION, 0) > 0
-    steps_of = [stream.steps(epoch) for epoch in range(config.train.epochs)]
+    steps_of = [stream.steps(epoch) for epoch in range(epochs)]
     last = min(sum(steps_of), config.train.max_steps or sum(steps_of))
     board = Board(config.run_url, cursor.total) if seat.rank == 0 else None
     if board is not None:
@@ -94,7 +91,7 @@ def train(config: Config, seat: Seat) -> None:
         return bool(minutes) and time.monotonic() - saved_time > 60 * minutes
 
     try:
-        while cursor.epoch < config.train.epochs and cursor.total < last and not patience.exhausted:
+        while cursor.epoch < epochs and cursor.total < last and not patience.exhausted:
             epoch = cursor.epoch
             for batch in stream.batches(epoch, cursor.step):
                 tensors = batch.tensors(seat.device)
@@ -113,7 +110,7 @@ def train(config: Config, seat: Seat) -> None:
                             got=curves["learning/loss_after"],
                             remedy="Lower `meta.rate` or `train.optimizer.rate`, or set `train.optimizer.clip`.",
                         )
-                    curves |= {f"rates/{name}": rate for name, rate in distributed.learned_rates().items()}
+                    curves |= mean_inner_rates(model.meta)
                     if board is not None:
                         board.scalars(curves, cursor.total)
                         seat.tell({"step": cursor.total, "steps": last, "epoch": epoch, **curves})
@@ -126,7 +123,7 @@ def train(config: Config, seat: Seat) -> None:
                 cursor = Cursor(epoch=epoch + 1, step=0, total=cursor.total)
             metrics: dict[str, float] = {}
             improved = False
-            over = cursor.epoch >= config.train.epochs or cursor.total >= last
+            over = cursor.epoch >= epochs or cursor.total >= last
             if validates and (over or cursor.epoch % config.train.validate_every == 0):
                 before, after = validation_losses(distributed, validation, lanes, seat.device, seat.world_size)
                 improved = patience.judge(after)
@@ -142,5 +139,6 @@ def train(config: Config, seat: Seat) -> None:
         seat.tell({"done": cursor.total, "steps": last})
     finally:
         stream.close()
+        validation.close()
         if board is not None:
             board.close()

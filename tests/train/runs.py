@@ -1,0 +1,67 @@
+"""Small runs for tests: a recipe over a prepared dataset, and what a finished run left behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from metatrain import storage
+from metatrain.checkpoint import committed_steps
+from metatrain.checkpoint.format import checkpoint_url
+from metatrain.config import Config, validated
+
+
+def recipe(dataset: str, storage_url: str, name: str, train: dict[str, Any] | None = None, **sections: Any) -> Config:
+    """A quick recipe: 16 tasks a step over 4 lanes, a small MLP, 2 inner steps."""
+    raw: dict[str, Any] = {
+        "run": {"name": name, "storage": storage_url},
+        "data": {"dataset": dataset, "lanes": 4, "tasks_per_step": 16, "shuffle_row_groups": 4, "prefetch": 2},
+        "model": {"hidden": [16], "id_dropout": 0.1},
+        "meta": {"steps": 2, "rate": 0.05},
+        "train": {
+            "epochs": 4,
+            "log_every": 1,
+            "checkpoint": {"every_steps": 5},
+            "optimizer": {"warmup_steps": 5, "schedule": "cosine", "table_decay": 1e-4},
+            **(train or {}),
+        },
+        "evaluate": {"episode": {"support_max": 20, "query_max": 5}},
+        **sections,
+    }
+    return validated(raw, where=name)
+
+
+def curve(config: Config, tag: str) -> dict[int, float]:
+    """A curve of the run's TensorBoard, as TensorBoard itself would show it: step → value."""
+    events = EventAccumulator(storage.join(config.run_url, "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars(tag)}
+
+
+def final_state(config: Config) -> dict[str, torch.Tensor]:
+    """Every tensor of the run's last checkpoint: tables, their optimizer's state, dense parameters and moments."""
+    reader = FsspecReader(checkpoint_url(config.run_url, committed_steps(config.run_url)[-1]))
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    return state
+
+
+def assert_equal_states(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float = 0.0) -> None:
+    """Bit for bit at tolerance 0, else relative to each tensor's norm."""
+    assert one.keys() == other.keys()
+    assert len(one) > 5
+    for name, tensor in one.items():
+        if tolerance == 0.0:
+            assert torch.equal(tensor, other[name]), f"{name} differs by {(tensor - other[name]).abs().max():.3g}"
+        else:
+            distance = (tensor.double() - other[name].double()).norm() / tensor.double().norm().clamp(min=1e-6)
+            assert distance <= tolerance, f"{name} differs by {distance:.3g}"
