@@ -55,7 +55,7 @@ class TaskReader:
         self._reader: BatchReader | None = None
 
     def open(self) -> int:
-        """Opens the dataset; the process's id. Not in the constructor: Ray reports a constructor's errors as a death."""
+        """Opens the dataset; the process's id. Not in the constructor, whose errors Ray reports as a death."""
         self._reader = BatchReader.from_config(self._url, **self._options, read_ahead=True, verify=False)
         return os.getpid()
 
@@ -124,7 +124,10 @@ class TaskStream:
         try:
             opened = [actor.open.remote() for actor in self._actors]
             for i, ref in enumerate(opened):
-                self._opened(i, ref)
+                try:
+                    self._opened(i, ref)
+                except _DEATHS as death:
+                    self._replace(i, death)
         except BaseException:
             self.close()
             raise
@@ -208,7 +211,7 @@ class TaskStream:
                 raise TrainingError(
                     f"Readers keep dying: {self._deaths} deaths without a batch in between.",
                     where=place,
-                    got=str(death).strip().partition("\n")[0],
+                    got=_shortly(death),
                     remedy="Look for its end in Ray's logs; where memory ran out, lower data.shuffle_row_groups, "
                     "data.prefetch or data.readers_per_worker.",
                 ) from death
@@ -245,6 +248,12 @@ class TaskStream:
             ) from error
         except RayTaskError as error:
             raise _own(error) from None
+
+
+def _shortly(death: Exception) -> str:
+    """Ray's long text: its first line, and its last, which is the cause where a constructor failed."""
+    lines = str(death).strip().splitlines() or [type(death).__name__]
+    return lines[0] if len(lines) == 1 else f"{lines[0].strip()} … {lines[-1].strip()}"
 
 
 def _own(error: RayTaskError) -> BaseException:

@@ -89,16 +89,13 @@ def test_readers_that_die_are_replaced_where_the_trainer_stands(url: str, caplog
         assert len([r for r in caplog.records if "another one goes on at epoch" in r.getMessage()]) == 4
 
 
-class Doomed(streaming.TaskReader):
-    """Dies at its second step, whoever replaces it."""
-
-    def read(self, epoch: int, step: int) -> TaskBatch:
-        if step >= 1:
-            os._exit(1)
-        return super().read(epoch, step)
-
-
 def test_readers_that_keep_dying_end_the_run(url: str, monkeypatch):
+    class Doomed(streaming.TaskReader):  # here, so that Ray sends it by value: the actor cannot import this file
+        def read(self, epoch: int, step: int) -> TaskBatch:
+            if step >= 1:
+                os._exit(1)
+            return super().read(epoch, step)
+
     monkeypatch.setattr(streaming, "TaskReader", Doomed)
     monkeypatch.setattr(streaming, "DEATHS_IN_A_ROW", 2)
     one = DATA.model_copy(update={"readers_per_worker": 1})
@@ -110,6 +107,18 @@ def test_readers_that_keep_dying_end_the_run(url: str, monkeypatch):
         assert stream.restarts == 2
         assert "epoch 0, step 1, lanes [0, 1, 2, 3]" in str(caught.value)
         assert caught.value.remedy
+
+
+def test_a_reader_that_cannot_be_made_ends_the_run_with_its_reason(url: str, monkeypatch):
+    class Stillborn(streaming.TaskReader):
+        def __init__(self, *_: object) -> None:
+            raise RuntimeError("no module of that name on this node")
+
+    monkeypatch.setattr(streaming, "TaskReader", Stillborn)
+    monkeypatch.setattr(streaming, "DEATHS_IN_A_ROW", 1)
+    with pytest.raises(TrainingError, match="keep dying") as caught:
+        TaskStream(url, DATA, seed=3, lanes=[0], num_cpus=0.1)
+    assert "no module of that name" in str(caught.value)
 
 
 def test_a_shard_garbled_in_mid_run_is_an_error_of_its_own_and_no_death(tmp_path):
