@@ -1,4 +1,4 @@
-"""Runs a function on several gloo ranks, each a fresh process, and brings back what each returned.
+"""Runs a function on several gloo ranks, each a process of its own, and brings back what each returned.
 
     def rows(rank: int, world_size: int, seed: int) -> torch.Tensor: ...
     first, second = run_ranks(rows, 2, 7)
@@ -32,7 +32,11 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, seconds
     Raises:
         RankError: With the traceback of the first rank that raised, or the ranks that were not done in `seconds`.
     """
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    # Imported once, by the server that the ranks are forked from: TorchRec takes seconds, and a rank has none to lose.
+    context.set_forkserver_preload(
+        ["metatrain.model.metamodel", "torch.distributed.checkpoint", "pytest", "hypothesis"]
+    )
     with TemporaryDirectory() as folder:
         ranks = [
             context.Process(target=_rank, args=(function, rank, world_size, folder, seconds, args), daemon=True)
