@@ -1,0 +1,197 @@
+"""The low-rank inner-loop engine: MAML's exact meta-gradient without a weight matrix a task where inputs are wide.
+
+Serves base learners made of linear layers, biases and elementwise activations (`low_rank_form.LinearForm`); refuses
+others with the reason (`CannotServe`).
+
+**Forward.** A linear layer is h = z Wᵀ + b. With δ the support loss's gradient at h, a step of SGD takes
+Wₖ₊₁ = Wₖ - αₖ δₖᵀ zₖ. So at step k
+
+    z Wₖᵀ = z W₀ᵀ - Σⱼ (z zⱼᵀ) αⱼ δⱼ        δ Wₖ = δ W₀ - Σⱼ (δ δⱼᵀ) αⱼ zⱼ
+
+one large product that all tasks share, and small ones of support by support. Three shapes follow from it:
+
+- *The lowest layer that adapts, and a head that sees the inputs.* The inputs never change, so neither do their inner
+  products G = x x_sᵀ, and the sum collapses: h = x W₀ᵀ - G A with A = Σ αⱼ δⱼ. Neither work nor memory grows with the
+  steps, and the width of the input enters only through two products a call.
+- *Hidden layers.* Their inputs change, so factors pile up: from the second step on, with S support events, k S
+  factors cost more than a weight matrix a task of the layers' small widths. They get one, `Wₖ`, from step 1 on; step
+  0 shares W₀, and the last step, which would be used by the query alone, stays as factors.
+- *The head.* One vector a task.
+
+**Reverse.** Written d_q for the derivative of the query loss in q, from the last step to the first:
+
+    Wₖ₊₁ = Wₖ - α δᵀ z          d_δ  = -α z d_Wᵀ,   d_z = -α δ d_W,   d_α = -⟨z d_Wᵀ, δ⟩
+    δ = g ⊙ f'(h), g = δ⁺ W⁺    d_g  = d_δ ⊙ f'(h),  d_h = d_δ ⊙ g ⊙ f''(h),  d_δ⁺ += d_g W⁺ᵀ,  d_W⁺ += δ⁺ᵀ d_g
+    e = l'(s, y) w              d_s  = d_e l''(s, y) w
+    z = f(h), h = z⁻ Wᵀ         d_h += d_z ⊙ f'(h),  d_z⁻ += d_h W,  d_W += d_hᵀ z⁻
+    A₊ = A + α δ, h = hₒ - G A  d_δ  = α d_A,  d_A -= Gᵀ d_h,  d_G -= d_h Aᵀ,  d_hₒ += d_h
+
+(⁺ the layer above, ⁻ the one below.) d_hₒ gathers over all steps and meets the inputs in one product at the end,
+d_W₀ = d_hₒᵀ x; d_x = d_hₒ W₀ + (d_G + d_Gᵀ) x. In first order the support's part is constant: only d_α is taken.
+
+**Memory.** Gradients are taken chunk by chunk in the forward pass, in buffers kept between calls (some megabytes an
+engine and thread): fresh large tensors cost more in page faults than the arithmetic they hold.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from metatrain.meta import low_rank_adapt
+from metatrain.meta.engine import FastWeights, Tensors, VmapEngine
+from metatrain.meta.episode import Episodes, Examples
+from metatrain.meta.losses import EventLoss, event_loss
+from metatrain.meta.low_rank_elementwise import loss_derivatives
+from metatrain.meta.low_rank_form import CannotServe, describe
+from metatrain.meta.low_rank_layers import Workspace
+from metatrain.meta.low_rank_loss import AdaptedLoss, Problem, without_prefix
+
+__all__ = ["AdaptedLosses", "CannotServe", "LowRankEngine"]
+
+#: A chunk's working set: within the last-level cache's share of a process.
+CHUNK_BYTES = 8 << 20
+
+
+class AdaptedLosses(NamedTuple):
+    """The query losses of T tasks."""
+
+    total: Tensor  # scalar to differentiate: the sum over tasks of each one's mean query loss after adaptation
+    after: Tensor  # [T], detached: each task's mean query loss after adaptation
+    before: Tensor  # [T], detached: the same with the shared parameters
+
+
+class LowRankEngine:
+    """An `Engine` for learners with a linear form, and the whole query loss in one function.
+
+    Args:
+        learner: Maps inputs [..., E, F] to scores [..., E].
+        loss: Loss of a support event: a name of `losses.event_loss`, or any elementwise function.
+        order: 2, or 1 for first-order MAML.
+        huber_delta: For the loss of that name.
+        chunk: Tasks reversed at a time; 0: as many as `CHUNK_BYTES` holds.
+
+    Raises:
+        CannotServe: The learner has no linear form.
+    """
+
+    def __init__(
+        self, learner: nn.Module, loss: str | EventLoss, order: int = 2, huber_delta: float = 1.0, chunk: int = 0
+    ) -> None:
+        self.form = describe(learner)
+        self._order, self._chunk = order, chunk
+        self._loss = event_loss(loss, huber_delta) if isinstance(loss, str) else loss
+        self._derivatives = loss_derivatives(loss, huber_delta)
+        self._vmap = VmapEngine(learner, self._loss, order)
+        self._workspaces = _Workspaces()
+
+    def adapt(
+        self, parameters: Tensors, adapted: tuple[str, ...], rates: list[dict[str, Tensor]], support: Examples, rows: Tensors
+    ) -> FastWeights:
+        """See `Engine.adapt`.
+
+        Raises:
+            CannotServe: There are adapted rows.
+        """
+        if rows:
+            raise CannotServe("embedding rows adapt")
+        if not rates or not adapted:
+            return self._vmap.adapt(parameters, adapted, rates, support, rows)
+        return FastWeights(
+            low_rank_adapt.adapt(self.form, parameters, adapted, rates, support, self._loss, self._order), {}
+        )
+
+    def predict(self, parameters: Tensors, fast: FastWeights, examples: Examples) -> Tensor:
+        """See `Engine.predict`."""
+        return self._vmap.predict(parameters, fast, examples)
+
+    def query_loss(
+        self,
+        parameters: Tensors,
+        adapted: tuple[str, ...],
+        rates: list[dict[str, Tensor]],
+        episodes: Episodes,
+        loss: EventLoss,
+    ) -> AdaptedLosses:
+        """The tasks' query losses before and after adaptation; `total` is differentiable once, to all that is given.
+
+        Args:
+            parameters, adapted, rates: See `Engine.adapt`.
+            episodes: Support and query.
+            loss: Of a query event.
+
+        Raises:
+            CannotServe: There are adapted rows.
+        """
+        if episodes.rows:
+            raise CannotServe("embedding rows adapt")
+        support, query, form = episodes.support, episodes.query, self.form
+        lowest = next((i for i, n in enumerate(form.hidden) if {n.weight, n.bias} & set(adapted)), len(form.hidden))
+        # Layers below the lowest that adapts are the same in every step: plain autograd takes them once.
+        inputs = [form.prefix(parameters, x, lowest) for x in (support.x, query.x)]
+        if form.skip and lowest == len(form.hidden):
+            inputs = [torch.cat([z, x], -1) for z, x in zip(inputs, (support.x, query.x), strict=True)]
+        elif form.skip and lowest:
+            inputs += [support.x, query.x]
+        above = without_prefix(form, lowest)
+        used = {n for names in (*above.hidden, above.head) for n in (names.weight, names.bias, above.offset) if n}
+        names = tuple(name for name in parameters if name in used)
+        rate_names = tuple(rates[0]) if rates else ()
+        table = torch.stack([step[name] for step in rates for name in rate_names]) if rate_names else torch.zeros(0)
+        problem = Problem(
+            above,
+            names,
+            rate_names,
+            frozenset(adapted),
+            loss,
+            self._derivatives,
+            self._order,
+            len(inputs),
+            self._chunk or self._chunk_for(support, query, len(rates)),
+            self._workspaces.get,
+        )
+        weights = support.mask / support.mask.sum(-1, keepdim=True).clamp(min=1.0)
+        result = AdaptedLoss.apply(
+            problem,
+            support.labels,
+            weights,
+            query.labels,
+            query.mask,
+            *(x.contiguous() for x in inputs),
+            table.view(len(rates), len(rate_names)),
+            *(parameters[name] for name in names),
+        )
+        return AdaptedLosses(*result)
+
+    def _chunk_for(self, support: Examples, query: Examples, steps: int) -> int:
+        events, queries = support.labels.shape[1], query.labels.shape[1]
+        a_task = (events + queries) * support.x.shape[2] + steps * self._kept(events)
+        fit = CHUNK_BYTES // (a_task * support.x.element_size())
+        # Below a few tasks the calls' own time would outweigh what the cache saves.
+        return max(16, min(256, fit))
+
+    def _kept(self, events: int) -> int:
+        widths = [self._vmap._learner.get_parameter(n.weight).shape for n in self.form.hidden]
+        return sum(5 * events * shape[0] for shape in widths) + sum(shape.numel() for shape in widths[1:])
+
+
+class _Workspaces(threading.local):
+    """One workspace a thread, type and device. Not part of an engine's state: copies and pickles start without."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[torch.dtype, torch.device], Workspace] = {}
+
+    def get(self, like: Tensor) -> Workspace:
+        key = (like.dtype, like.device)
+        if key not in self._held:
+            self._held[key] = Workspace(like.detach())
+        return self._held[key]
+
+    def __deepcopy__(self, memo: object) -> _Workspaces:
+        return _Workspaces()
+
+    def __reduce__(self) -> tuple[type[_Workspaces], tuple[()]]:
+        return _Workspaces, ()

@@ -1,0 +1,121 @@
+"""Fast weights by the low-rank form, in plain autograd: differentiable to everything, and as short as the mathematics.
+
+It serves where weights a task are wanted in the end (prediction, recommendation), and is the reference beside which
+the hand-written reverse of `low_rank_chunk` is tested. Symbols: T tasks, S support events, k inner step.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metatrain.meta.engine import Tensors
+from metatrain.meta.episode import Examples
+from metatrain.meta.losses import EventLoss
+from metatrain.meta.low_rank_elementwise import ACTIVATIONS
+from metatrain.meta.low_rank_form import LinearForm, LinearNames
+
+
+class _Layer:
+    """A linear layer with factors: W₀ - Σ α δᵀ z, and b₀ - Σ β Σ δ."""
+
+    def __init__(self, names: LinearNames, parameters: Tensors, adapted: frozenset[str]) -> None:
+        self.names = names
+        self._weight = parameters[names.weight]
+        self._bias = None if names.bias is None else parameters[names.bias]
+        self._adapts = (names.weight in adapted, names.bias in adapted)
+        self._inputs: list[Tensor] = []
+        self._deltas: list[Tensor] = []
+        self._scaled: list[Tensor] = []  # α δ
+        self._moved: Tensor | None = None  # Σ β Σ δ [T, 1, O]
+        self._steps: list[dict[str, Tensor]] = []
+
+    def forward(self, z: Tensor) -> Tensor:
+        out = F.linear(z, self._weight, self._bias)
+        if self._scaled:
+            out = out - (z @ torch.cat(self._inputs, 1).mT) @ torch.cat(self._scaled, 1)
+        return out if self._moved is None else out - self._moved
+
+    def backward(self, delta: Tensor) -> Tensor:
+        out = delta @ self._weight
+        if self._scaled:
+            out = out - (delta @ torch.cat(self._scaled, 1).mT) @ torch.cat(self._inputs, 1)
+        return out
+
+    def update(self, z: Tensor, delta: Tensor, rates: dict[str, Tensor], constant: bool) -> None:
+        self._steps.append(rates)
+        self._inputs.append(z)
+        self._deltas.append(delta)
+        if self._adapts[0]:
+            rate = rates[self.names.weight]
+            self._scaled.append(delta * (rate.detach() if constant else rate))
+        if self._adapts[1] and self.names.bias is not None:
+            rate = rates[self.names.bias]
+            step = delta.sum(1, keepdim=True) * (rate.detach() if constant else rate)
+            self._moved = step if self._moved is None else self._moved + step
+
+    def fast_weights(self, parameters: Tensors) -> Tensors:
+        """The adapted parameters, by the rates themselves: in first order they are all that is differentiable."""
+        found = {}
+        if self._adapts[0]:
+            scaled = [d * r[self.names.weight] for d, r in zip(self._deltas, self._steps, strict=True)]
+            found[self.names.weight] = parameters[self.names.weight] - torch.cat(scaled, 1).mT @ torch.cat(self._inputs, 1)
+        name = self.names.bias
+        if self._adapts[1] and name is not None:
+            sums = [d.sum(1) * r[name] for d, r in zip(self._deltas, self._steps, strict=True)]
+            found[name] = parameters[name] - torch.stack(sums).sum(0)
+        return found
+
+
+def adapt(
+    form: LinearForm,
+    parameters: Tensors,
+    adapted: tuple[str, ...],
+    rates: list[dict[str, Tensor]],
+    support: Examples,
+    loss: EventLoss,
+    order: int,
+) -> Tensors:
+    """The adapted parameters [T, *shape] after `rates`' steps (at least one) on each task's mean support loss."""
+    constant = order == 1
+    inner = {name: p.detach() for name, p in parameters.items()} if constant else parameters
+    x = support.x.detach() if constant else support.x
+    which = frozenset(adapted)
+    hidden = [_Layer(names, inner, which) for names in form.hidden]
+    head = _Layer(form.head, inner, which)
+    function = ACTIVATIONS[form.activation].function
+    weights = support.mask / support.mask.sum(-1, keepdim=True).clamp(min=1.0)
+    with torch.enable_grad() if not constant and torch.is_grad_enabled() else torch.no_grad():
+        for step in rates:
+            hs, zs = [], [x]
+            for layer in hidden:
+                hs.append(layer.forward(zs[-1]))
+                zs.append(function(hs[-1]))
+            seen = torch.cat([zs[-1], x], -1) if form.skip else zs[-1]
+            s = head.forward(seen).squeeze(-1)
+            if form.offset is not None:
+                s = s + inner[form.offset]
+            delta = _pull(lambda at: loss(at, support.labels) * weights, s, torch.ones_like(s)).unsqueeze(-1)
+            deltas = [delta]
+            below = head.backward(delta)[..., : zs[-1].shape[-1]]
+            for i in range(len(hidden) - 1, -1, -1):
+                deltas.append(_pull(function, hs[i], below))
+                below = hidden[i].backward(deltas[-1]) if i else below
+            deltas.reverse()
+            for layer, z, d in zip([*hidden, head], [*zs[: len(hidden)], seen], deltas, strict=True):
+                layer.update(z, d, step, constant)
+    found: Tensors = {}
+    for layer in (*hidden, head):
+        found |= layer.fast_weights(parameters)
+    return {name: found[name] for name in adapted}
+
+
+def _pull(function: object, at: Tensor, by: Tensor) -> Tensor:
+    """The elementwise function's derivative at `at`, times `by`; differentiable where they are."""
+    assert callable(function)
+    differentiable = torch.is_grad_enabled()
+    with torch.enable_grad():
+        point = at if at.requires_grad and differentiable else at.detach().requires_grad_()
+        (found,) = torch.autograd.grad(function(point), point, by, create_graph=differentiable)
+    return found

@@ -1,0 +1,107 @@
+"""What the low-rank engine knows of a base learner: its linear layers, the activation between them, and the head.
+
+A learner says so itself by a method `linear_form() -> LinearForm`; the MLP's layout (`layers`, `head`, `offset`) is
+recognised too. `describe` believes neither: it compares the form with the module on random inputs, so a subclass with
+another forward is refused, not mistaken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metatrain.meta.low_rank_elementwise import ACTIVATIONS
+
+
+class CannotServe(ValueError):  # noqa: N818 - not a failure: the reason for taking the vmap engine
+    """The low-rank form does not exist for this learner or these settings; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class LinearNames:
+    """Names of one linear layer's parameters in the learner."""
+
+    weight: str
+    bias: str | None
+
+
+@dataclass(frozen=True)
+class LinearForm:
+    """score(x) = head([z_L, x] if skip else z_L) + offset, with z_l = activation(hidden_l(z_(l-1))) and z_0 = x."""
+
+    hidden: tuple[LinearNames, ...]
+    head: LinearNames
+    activation: str = "relu"
+    skip: bool = False
+    offset: str | None = None
+
+    def scores(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """Scores [..., E] of inputs [..., E, F] by shared parameters: the form, written out."""
+        z = self.prefix(parameters, x, len(self.hidden))
+        if self.skip:
+            z = torch.cat([z, x], dim=-1)
+        bias = None if self.head.bias is None else parameters[self.head.bias]
+        score = F.linear(z, parameters[self.head.weight], bias).squeeze(-1)
+        return score if self.offset is None else score + parameters[self.offset]
+
+    def prefix(self, parameters: Mapping[str, Tensor], x: Tensor, layers: int) -> Tensor:
+        """What the first `layers` hidden layers make of x."""
+        activation = ACTIVATIONS[self.activation].function
+        for names in self.hidden[:layers]:
+            bias = None if names.bias is None else parameters[names.bias]
+            x = activation(F.linear(x, parameters[names.weight], bias))
+        return x
+
+
+def describe(learner: nn.Module) -> LinearForm:
+    """The learner's linear form.
+
+    Raises:
+        CannotServe: It has none, or what it says of itself is not what it computes.
+    """
+    form = _stated(learner)
+    parameters = {**dict(learner.named_parameters()), **dict(learner.named_buffers())}
+    known = {name for names in (*form.hidden, form.head) for name in (names.weight, names.bias) if name}
+    unknown = [name for name, _ in learner.named_parameters() if name not in known]
+    if unknown:
+        raise CannotServe(f"parameters outside its linear layers: {', '.join(unknown)}")
+    if len(parameters[form.head.weight]) != 1:
+        raise CannotServe("its head has more than one output")
+    first = parameters[(form.hidden[0] if form.hidden else form.head).weight]
+    if first.is_meta:
+        return form
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 5, first.shape[1], generator=generator).to(first)
+    with torch.no_grad():
+        expected, got = learner(x), form.scores(parameters, x)
+    if expected.shape != got.shape or not torch.allclose(expected, got, rtol=1e-4, atol=1e-4):
+        raise CannotServe("its forward is not that of its linear layers")
+    return form
+
+
+def _stated(learner: nn.Module) -> LinearForm:
+    says = getattr(learner, "linear_form", None)
+    if callable(says):
+        form = says()
+        assert isinstance(form, LinearForm)
+        return form
+    layers, head = getattr(learner, "layers", None), getattr(learner, "head", None)
+    if not isinstance(layers, nn.ModuleList) or not isinstance(head, nn.Linear):
+        raise CannotServe(f"{type(learner).__name__} does not say which linear layers it is made of")
+    if not all(type(layer) is nn.Linear for layer in layers):
+        raise CannotServe("its hidden layers are not all linear")
+    function = getattr(learner, "_activation", None)
+    activation = next((name for name, known in ACTIVATIONS.items() if known.function is function), None)
+    if layers and activation is None:
+        raise CannotServe("its activation is not one whose derivatives are known")
+    hidden = tuple(
+        LinearNames(f"layers.{i}.weight", None if layer.bias is None else f"layers.{i}.bias")
+        for i, layer in enumerate(layers)
+    )
+    names = LinearNames("head.weight", None if head.bias is None else "head.bias")
+    offset = "offset" if isinstance(getattr(learner, "offset", None), Tensor) else None
+    return LinearForm(hidden, names, activation or "relu", bool(getattr(learner, "_skip", False)), offset)
