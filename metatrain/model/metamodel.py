@@ -242,9 +242,14 @@ def build_model(
                 where="meta.adapt",
                 remedy="Patterns are over these names: `head.*`, `layers.0.weight`, `*`.",
             ) from error
-    tables = Tables(
-        featurizer.table_specs(), dedup=model.dedup, device=tables_device or device, seed=seed, scale=model.init_scale
-    )
+        # After the learner: tables on the meta device draw no random numbers, others do.
+        tables = Tables(
+            featurizer.table_specs(),
+            dedup=model.dedup,
+            device=tables_device or device,
+            seed=seed,
+            scale=model.init_scale,
+        )
     whole = MetaModel(tables, featurizer, maml, config.train.optimizer.table_decay)
     whole.meta.to(device)
     return whole
