@@ -6,6 +6,8 @@ carry the mark `ray`.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,3 +26,22 @@ def _stage(item: pytest.Item) -> int:
     if item.get_closest_marker("ray") or "ray" in vars(getattr(item, "module", item)):
         return 2
     return 1 if folder == "distributed" else 0
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """One small local Ray for every test that asks for it: starting one takes longer than most tests."""
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    ray.init(
+        num_cpus=6,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        object_store_memory=300 * 1024**2,
+    )
+    yield
+    ray.shutdown()

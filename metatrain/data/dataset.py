@@ -6,6 +6,7 @@ Whatever is read is checked against the manifest: a catalogue that was changed o
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -41,10 +42,10 @@ class Catalogue:
         """Number of items, I."""
         return len(self.keys)
 
-    def rows_of(self, keys: list[str] | np.ndarray | pa.Array) -> np.ndarray:
+    def rows_of(self, keys: Sequence[str] | np.ndarray) -> np.ndarray:
         """Catalogue rows of item keys: int64 [n], -1 where an item is unknown."""
-        wanted = keys if isinstance(keys, pa.Array) else pa.array([str(k) for k in keys], type=pa.string())
-        return pc.fill_null(pc.index_in(wanted.cast(pa.string()), value_set=self._index), -1).to_numpy().astype(np.int64)
+        wanted = pa.array([str(k) for k in keys], type=pa.string())
+        return pc.fill_null(pc.index_in(wanted, value_set=self._index), -1).to_numpy().astype(np.int64)
 
 
 class TaskDataset:
@@ -119,7 +120,9 @@ class TaskDataset:
         try:
             return pq.read_table(pa.BufferReader(self._bytes(path)))["value"].to_pylist()
         except (pa.ArrowInvalid, OSError, KeyError) as error:
-            raise DatasetError(f"The vocabulary is broken: {error}.", where=path, remedy="Prepare the dataset again.") from error
+            raise DatasetError(
+                f"The vocabulary is broken: {error}.", where=path, remedy="Prepare the dataset again."
+            ) from error
 
     def _bytes(self, path: str) -> bytes:
         if not storage.exists(path):

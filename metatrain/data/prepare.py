@@ -23,13 +23,24 @@ from metatrain.data.manifest import Manifest, Shard, Split, read_manifest
 from metatrain.data.prepare_encode import encode, stored_feature, vocabularies
 from metatrain.data.prepare_ray import mapped, partitioned, quiet_ray, shared
 from metatrain.data.prepare_rows import Reading, RowKind, group, read_rows
-from metatrain.data.prepare_shards import STAGING, Counts, Encoding, ItemIndex, Staged, count, parquet_bytes, write_shards
+from metatrain.data.prepare_shards import (
+    STAGING,
+    Counts,
+    Encoding,
+    ItemIndex,
+    Staged,
+    count,
+    parquet_bytes,
+    write_shards,
+)
 from metatrain.data.prepare_splits import Thresholds, check_splits, new_items, split_file_chunks, time_thresholds
 from metatrain.data.schema import ITEM_FEATURE, Feature, Kind, LabelKind, Level, Schema
 from metatrain.data.sources import RawLog, raw_type, read_source
 from metatrain.errors import ConfigError, DatasetError, SourceError
 
-#: Events in a partition: bounds what one task holds in memory.
+#: A log of so many events is one partition: shuffling would only start more processes, which takes longer.
+_ONE_PARTITION_EVENTS = 2_000_000
+#: Events in a partition of a larger log: bounds what one task holds in memory.
 _PARTITION_EVENTS = 500_000
 _MOST_PARTITIONS = 4096
 #: The training split is cut into about this many row groups, so that an epoch's order is random enough.
@@ -79,10 +90,14 @@ def summary(manifest: Manifest) -> str:
     lines = [f"{manifest.name}: {manifest.items:,} items, {manifest.new_items:,} of them new"]
     lines += [f"  {s.value:<12}{manifest.tasks[s]:>12,} users{manifest.events[s]:>14,} events" for s in Split]
     s = manifest.schema_
-    lines.append(f"  labels      {s.label.value}, {s.label_min:g} to {s.label_max:g}, mean {s.label_mean:.3f}, deviation {s.label_deviation:.3f}")
+    scale = f"{s.label_min:g} to {s.label_max:g}, mean {s.label_mean:.3f}, deviation {s.label_deviation:.3f}"
+    lines.append(f"  labels      {s.label.value}, {scale}")
     lines.append("  features    " + ", ".join(f"{f.name} ({f.level.value}, {f.kind.value})" for f in s.features))
-    lines += [f"  left out    {number:,} {reason}" for reason, number in sorted(manifest.skipped.items())] or ["  left out    nothing"]
-    lines += [f"  {name.replace('_', ' ')}: {value:.6g}" for name, value in manifest.facts.items() if isinstance(value, float)]
+    left_out = [f"  left out    {number:,} {reason}" for reason, number in sorted(manifest.skipped.items())]
+    lines += left_out or ["  left out    nothing"]
+    lines += [
+        f"  {name.replace('_', ' ')}: {value:.6g}" for name, value in manifest.facts.items() if isinstance(value, float)
+    ]
     return "\n".join(lines)
 
 
@@ -103,9 +118,11 @@ def _cleared(url: str, origin: dict[str, Any], overwrite: bool) -> Manifest | No
         storage.remove(storage.join(url, manifests.FILE))
     elif strangers := [name for name in there if name not in _PARTS]:
         raise DatasetError(
-            "The folder holds something that is not a dataset.", where=url, got=", ".join(strangers[:5]),
+            "The folder holds something that is not a dataset.",
+            where=url,
+            got=", ".join(strangers[:5]),
             remedy="Name another folder, or empty this one.",
-        )  # fmt: skip
+        )
     for name in set(there) & set(_PARTS):
         storage.remove(storage.join(url, name))
     return None
@@ -137,15 +154,19 @@ def _prepare(config: PrepareConfig, url: str, raw: RawLog, origin: dict[str, Any
     index = shared(ItemIndex(keys, new))
     counts = Counts(training_events=np.zeros(len(keys), np.int64))
     # Merged in the partitions' order: sums of floating-point numbers depend on it.
-    for _, part in sorted(mapped(staged, lambda s: (s.number, count(s, index(), config, features, thresholds))), key=lambda p: p[0]):
+    for _, part in sorted(
+        mapped(staged, lambda s: (s.number, count(s, index(), config, features, thresholds))), key=lambda p: p[0]
+    ):
         counts.merge(part)
     if counts.left_out:
         skipped["users that the given split does not name"] = counts.left_out
     if not counts.training_events.any():
         raise SourceError(
-            "No training user has an event on an existing item.", where=raw.name, got=_tasks_text(counts.tasks),
+            "No training user has an event on an existing item.",
+            where=raw.name,
+            got=_tasks_text(counts.tasks),
             remedy="Check prepare.user_split, prepare.item_split and prepare.min_events.",
-        )  # fmt: skip
+        )
 
     schema, vocabulary = _schema(config, raw, catalogue, counts)
     group_tasks = config.row_group_tasks or _row_group_tasks(counts.tasks[Split.TRAIN])
@@ -180,7 +201,7 @@ def _stage(config: PrepareConfig, url: str, raw: RawLog, skipped: dict[str, int]
     readings += [Reading(c, RowKind.TASK, i) for i, c in enumerate(raw.tasks or ())]
     if config.user_split.file:
         readings += [Reading(c, RowKind.GIVEN, i) for i, c in enumerate(split_file_chunks(config.user_split.file))]
-    partitions = config.shards or min(max(-(-raw.events_estimate // _PARTITION_EVENTS), 1), _MOST_PARTITIONS)
+    partitions = config.shards or _partitions(raw.events_estimate)
     features = raw.features
     staged: list[Staged] = []
     for part in partitioned(
@@ -195,10 +216,11 @@ def _stage(config: PrepareConfig, url: str, raw: RawLog, skipped: dict[str, int]
     staged.sort(key=lambda s: s.number)
     if not sum(s.tasks for s in staged):
         raise SourceError(
-            "The log is empty: no user has enough events.", where=config.path or raw.name,
+            "The log is empty: no user has enough events.",
+            where=config.path or raw.name,
             got=", ".join(f"{n} {reason}" for reason, n in skipped.items()) or "no events",
             remedy="Check `prepare.path`, or lower prepare.min_events.",
-        )  # fmt: skip
+        )
     return staged
 
 
@@ -222,7 +244,9 @@ def _catalogue(raw: RawLog, config: PrepareConfig, staged: list[Staged]) -> tupl
     if len(pc.unique(keys)) != len(keys):
         counts = pc.value_counts(keys)
         twice = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")[0].as_py()
-        raise SourceError("An item has two rows.", where=config.items or raw.name, got=twice, remedy="Keep one row an item.")
+        raise SourceError(
+            "An item has two rows.", where=config.items or raw.name, got=twice, remedy="Keep one row an item."
+        )
     others = seen["item"].filter(pc.invert(pc.is_in(seen["item"], value_set=keys)))
     others = others.take(pc.sort_indices(others)).combine_chunks()
     rest = pa.table([others if f.name == "key" else pa.nulls(len(others), f.type) for f in schema], schema=schema)
@@ -232,7 +256,9 @@ def _catalogue(raw: RawLog, config: PrepareConfig, staged: list[Staged]) -> tupl
     return catalogue, pc.fill_null(seen["first"].take(row), never).to_numpy()
 
 
-def _schema(config: PrepareConfig, raw: RawLog, catalogue: pa.Table, counts: Counts) -> tuple[Schema, dict[str, pa.Array]]:
+def _schema(
+    config: PrepareConfig, raw: RawLog, catalogue: pa.Table, counts: Counts
+) -> tuple[Schema, dict[str, pa.Array]]:
     trained = pa.array(counts.training_events > 0)
     for f in raw.features:
         if f.level == "item":
@@ -240,7 +266,12 @@ def _schema(config: PrepareConfig, raw: RawLog, catalogue: pa.Table, counts: Cou
     items = catalogue["key"].filter(trained).combine_chunks()
     vocabulary = vocabularies(raw.features, counts.statistics, items)
     own = Feature(
-        name=ITEM_FEATURE, level=Level.ITEM, kind=Kind.CATEGORICAL, table=ITEM_FEATURE, rows=len(items) + 1, width=config.item_width
+        name=ITEM_FEATURE,
+        level=Level.ITEM,
+        kind=Kind.CATEGORICAL,
+        table=ITEM_FEATURE,
+        rows=len(items) + 1,
+        width=config.item_width,
     )
     labels = counts.labels
     try:
@@ -254,11 +285,15 @@ def _schema(config: PrepareConfig, raw: RawLog, catalogue: pa.Table, counts: Cou
         )
     except ValidationError as error:
         message = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"The features contradict each other: {message}.", where="prepare.features", remedy="Mend them.") from error
+        raise ConfigError(
+            f"The features contradict each other: {message}.", where="prepare.features", remedy="Mend them."
+        ) from error
     return schema, vocabulary
 
 
-def _encoded_catalogue(catalogue: pa.Table, new: np.ndarray, counts: Counts, schema: Schema, vocabulary: dict[str, pa.Array]) -> pa.Table:
+def _encoded_catalogue(
+    catalogue: pa.Table, new: np.ndarray, counts: Counts, schema: Schema, vocabulary: dict[str, pa.Array]
+) -> pa.Table:
     columns = {"key": catalogue["key"], "title": catalogue["title"], "new": pa.array(new)}
     for f in schema.of(Level.ITEM):
         raw = catalogue["key"] if f.name == ITEM_FEATURE else catalogue[f.name]
@@ -270,6 +305,10 @@ def _write_table(url: str, path: str, table: pa.Table) -> str:
     data = parquet_bytes(table)
     storage.write_atomic(storage.join(url, path), data)
     return hashlib.sha256(data).hexdigest()
+
+
+def _partitions(events: int) -> int:
+    return 1 if events <= _ONE_PARTITION_EVENTS else min(-(-events // _PARTITION_EVENTS), _MOST_PARTITIONS)
 
 
 def _row_group_tasks(tasks: int) -> int:

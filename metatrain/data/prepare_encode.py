@@ -116,7 +116,9 @@ def stored_feature(f: FeatureSource, statistics: Statistics, vocabulary: Mapping
         return Feature(name=f.name, level=level, kind=kind, width=f.width)
     table = table_of(f)
     rows = f.buckets if f.buckets else len(vocabulary[table]) + 1
-    return Feature(name=f.name, level=level, kind=kind, table=table, rows=max(rows, 2), width=f.width, buckets=f.buckets)
+    return Feature(
+        name=f.name, level=level, kind=kind, table=table, rows=max(rows, 2), width=f.width, buckets=f.buckets
+    )
 
 
 def encode(feature: Feature, column: pa.Array | pa.ChunkedArray, vocabulary: pa.Array | None) -> pa.Array:
@@ -162,9 +164,11 @@ def _vectors(feature: Feature, array: pa.Array) -> pa.Array:
     if (lengths != width).any():
         i = int(np.flatnonzero(lengths != width)[0])
         raise SourceError(
-            "A vector has another length than its feature.", where=f"feature {feature.name}, width {width}",
-            got=f"{lengths[i]} numbers", remedy="Set the feature's `width` to the vectors' length.",
-        )  # fmt: skip
+            "A vector has another length than its feature.",
+            where=f"feature {feature.name}, width {width}",
+            got=f"{lengths[i]} numbers",
+            remedy="Set the feature's `width` to the vectors' length.",
+        )
     result = np.zeros((len(array), width), dtype=np.float32)  # a missing vector is 0
     result[~missing] = pc.fill_null(array.flatten(), np.nan).to_numpy(zero_copy_only=False).reshape(-1, width)
     if not np.isfinite(result).all():

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 from ray.data import DataContext
 from ray.data.context import ShuffleStrategy
@@ -95,12 +96,22 @@ def partitioned(
     def finish_block(block: pa.Table) -> Iterator[pa.Table]:
         # Ray hashes the column once more, so two partitions may meet in a block, but none is ever in two.
         for number in sorted(block["partition"].unique().to_pylist()):
-            rows = block.filter(pa.compute.equal(block["partition"], number))
-            yield _packed([finish(number, rows)])
+            rows = block.filter(pc.equal(block["partition"], number))
+            yield _packed(finish, number, rows)
 
-    pieces = ray.data.range(count, override_num_blocks=count).map_batches(read_batch, batch_size=1, batch_format="pyarrow")
+    if partitions == 1:
+        # A log of one partition needs no shuffle, which would only start more processes.
+        yield from mapped(
+            [0], lambda number: finish(number, pa.concat_tables(t for i in range(count) for t in read(i)))
+        )
+        return
+    pieces = ray.data.range(count, override_num_blocks=count).map_batches(
+        read_batch, batch_size=1, batch_format="pyarrow"
+    )
     shuffled = pieces.repartition(partitions, keys=["partition"])
-    yield from _values(shuffled.map_batches(finish_block, batch_size=None, batch_format="pyarrow", zero_copy_batch=True))
+    yield from _values(
+        shuffled.map_batches(finish_block, batch_size=None, batch_format="pyarrow", zero_copy_batch=True)
+    )
 
 
 def mapped(work: Sequence[Work], call: Callable[[Work], Any]) -> Iterator[Any]:
@@ -108,7 +119,7 @@ def mapped(work: Sequence[Work], call: Callable[[Work], Any]) -> Iterator[Any]:
     everything = list(work)
 
     def call_batch(batch: pa.Table) -> pa.Table:
-        return _packed([call(everything[number]) for number in batch["id"].to_pylist()])
+        return pa.concat_tables(_packed(call, everything[number]) for number in batch["id"].to_pylist())
 
     pieces = ray.data.range(len(everything), override_num_blocks=len(everything))
     yield from _values(pieces.map_batches(call_batch, batch_size=1, batch_format="pyarrow"))
@@ -120,11 +131,18 @@ def shared(value: Work) -> Callable[[], Work]:
     return lambda: ray.get(reference)
 
 
-def _packed(values: list[Any]) -> pa.Table:
-    return pa.table({_VALUE: pa.array([pickle.dumps(v) for v in values], type=pa.large_binary())})
+def _packed(call: Callable[..., Any], *arguments: Any) -> pa.Table:
+    try:
+        value = call(*arguments)
+    except MetatrainError as error:
+        value = error  # as a value, since Ray's wrapping of a mapped function's exception loses its cause
+    return pa.table({_VALUE: pa.array([pickle.dumps(value)], type=pa.large_binary())})
 
 
 def _values(dataset: ray.data.Dataset) -> Iterator[Any]:
     for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
-        for value in batch[_VALUE]:
-            yield pickle.loads(value.as_py())
+        for packed in batch[_VALUE]:
+            value = pickle.loads(packed.as_py())
+            if isinstance(value, MetatrainError):
+                raise value
+            yield value

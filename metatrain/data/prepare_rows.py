@@ -73,7 +73,9 @@ def shuffle_schema(features: tuple[FeatureSource, ...]) -> pa.Schema:
     return pa.schema(fields)
 
 
-def read_rows(reading: Reading, config: PrepareConfig, features: tuple[FeatureSource, ...], partitions: int) -> Iterator[pa.Table]:
+def read_rows(
+    reading: Reading, config: PrepareConfig, features: tuple[FeatureSource, ...], partitions: int
+) -> Iterator[pa.Table]:
     """A chunk's rows in the columns of `shuffle_schema`.
 
     Raises:
@@ -97,8 +99,8 @@ def read_rows(reading: Reading, config: PrepareConfig, features: tuple[FeatureSo
             columns |= {f"{level}:{f.name}": _column(table, f.name) for f in features if f.level == level}
             done += n
             yield _conformed(columns, n, schema)
-    if bad:
-        yield tally("bad rows", bad, schema)
+    # Also where there is nothing to tell: an empty chunk still has the columns.
+    yield tally("bad rows", bad, schema)
 
 
 def tally(reason: str, number: int, schema: pa.Schema) -> pa.Table:
@@ -116,14 +118,16 @@ def group(rows: pa.Table, config: PrepareConfig, features: tuple[FeatureSource, 
     kinds = rows["kind"].to_numpy()
     of = {kind: rows.filter(pa.array(kinds == kind)) for kind in RowKind}
     skipped: dict[str, int] = {}
-    for reason, number in zip(of[RowKind.TALLY]["split"].to_pylist(), of[RowKind.TALLY]["order"].to_pylist(), strict=True):
-        skipped[reason] = skipped.get(reason, 0) + number
+    for reason, number in zip(
+        of[RowKind.TALLY]["split"].to_pylist(), of[RowKind.TALLY]["order"].to_pylist(), strict=True
+    ):
+        _count(skipped, reason, number)
     events = of[RowKind.EVENT]
     times, labels_order = events["timestamp"].to_numpy(), events["order"].to_numpy()
     items = _first_times(events)
 
     encoded = _whole(events["key"]).dictionary_encode()
-    # A dictionary's order is that of first appearance, which the shuffle doesn't promise; the hash's is the same always.
+    # A dictionary's order is that of first appearance, which the shuffle doesn't promise; a hash's is fixed.
     keys, codes = encoded.dictionary, encoded.indices.to_numpy()
     place = np.lexsort((np.argsort(np.argsort(keys.to_numpy(zero_copy_only=False))), hash_text(keys, "order")))
     rank = np.empty(len(keys), dtype=np.int64)
@@ -137,7 +141,11 @@ def group(rows: pa.Table, config: PrepareConfig, features: tuple[FeatureSource, 
     kept = (from_end <= config.max_events) & np.repeat(enough, counts)
     _count(skipped, f"users with fewer than {config.min_events} events", int((~enough).sum()))
     _count(skipped, f"events of users with fewer than {config.min_events}", int(counts[~enough].sum()))
-    _count(skipped, f"oldest events beyond {config.max_events} of a user", int(np.maximum(counts[enough] - config.max_events, 0).sum()))
+    _count(
+        skipped,
+        f"oldest events beyond {config.max_events} of a user",
+        int(np.maximum(counts[enough] - config.max_events, 0).sum()),
+    )
 
     order = pa.array(order[kept])
     columns = {name: events[name].take(order) for name in ("label", "timestamp")}
@@ -145,7 +153,11 @@ def group(rows: pa.Table, config: PrepareConfig, features: tuple[FeatureSource, 
     columns |= {f"event:{f.name}": events[f"event:{f.name}"].take(order) for f in features if f.level == "event"}
     mask = pa.array(enough)
     keys = keys.filter(mask)
-    tasks = {"key": keys, "events": pa.array(np.minimum(counts[enough], config.max_events)), "first": pa.array(first[enough])}
+    tasks = {
+        "key": keys,
+        "events": pa.array(np.minimum(counts[enough], config.max_events)),
+        "first": pa.array(first[enough]),
+    }
     users, given = of[RowKind.TASK], of[RowKind.GIVEN]
     row = _rows_of(keys, users, "the user table")
     _count(skipped, "rows of the user table without events", users.num_rows - _matching(users, encoded.dictionary))
@@ -165,7 +177,9 @@ def _partition(keys: pa.ChunkedArray, partitions: int) -> pa.Array:
 
 
 def _first_times(events: pa.Table) -> pa.Table:
-    found = pa.table({"item": events["item"], "first": events["timestamp"]}).group_by("item").aggregate([("first", "min")])
+    found = (
+        pa.table({"item": events["item"], "first": events["timestamp"]}).group_by("item").aggregate([("first", "min")])
+    )
     return found.select(["item", "first_min"]).rename_columns(["item", "first"])
 
 
@@ -191,9 +205,11 @@ def _count(skipped: dict[str, int], reason: str, number: int) -> None:
 def _column(table: pa.Table, name: str) -> pa.ChunkedArray:
     if name not in table.column_names:
         raise SourceError(
-            f"A column is missing: {name}.", where="the user table", got=", ".join(table.column_names),
+            f"A column is missing: {name}.",
+            where="the user table",
+            got=", ".join(table.column_names),
             remedy="Check `prepare.user_split.column` and `prepare.features`.",
-        )  # fmt: skip
+        )
     return table[name]
 
 

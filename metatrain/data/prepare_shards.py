@@ -115,7 +115,13 @@ class Encoding:
     row_group_tasks: int
 
 
-def count(staged: Staged, index: ItemIndex, config: PrepareConfig, features: tuple[FeatureSource, ...], thresholds: Thresholds | None) -> Counts:
+def count(
+    staged: Staged,
+    index: ItemIndex,
+    config: PrepareConfig,
+    features: tuple[FeatureSource, ...],
+    thresholds: Thresholds | None,
+) -> Counts:
     """Statistics of a partition: of training users, and of their events on existing items, alone."""
     tasks, events = staged.table("tasks"), staged.table("events")
     code = user_splits(tasks, config.user_split, thresholds)
@@ -134,7 +140,9 @@ def count(staged: Staged, index: ItemIndex, config: PrepareConfig, features: tup
     return result
 
 
-def write_shards(staged: Staged, index: ItemIndex, config: PrepareConfig, thresholds: Thresholds | None, encoding: Encoding) -> list[Shard]:
+def write_shards(
+    staged: Staged, index: ItemIndex, config: PrepareConfig, thresholds: Thresholds | None, encoding: Encoding
+) -> list[Shard]:
     """Encodes a partition and publishes a file for each split that has tasks in it."""
     tasks, events = staged.table("tasks"), staged.table("events")
     code = user_splits(tasks, config.user_split, thresholds)
@@ -169,7 +177,14 @@ def _publish(url: str, path: str, split: Split, table: pa.Table, events: int, gr
     data = parquet_bytes(table, group)
     storage.write_atomic(storage.join(url, path), data)
     groups = tuple(min(group, table.num_rows - start) for start in range(0, table.num_rows, group))
-    return Shard(path=path, split=split, row_groups=groups, events=events, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    return Shard(
+        path=path,
+        split=split,
+        row_groups=groups,
+        events=events,
+        bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+    )
 
 
 def parquet_bytes(table: pa.Table, row_group: int | None = None) -> bytes:

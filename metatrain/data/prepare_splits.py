@@ -60,24 +60,30 @@ def check_splits(config: PrepareConfig) -> None:
     for name, split in (("user_split", users), ("item_split", items)):
         if split.by == "given" and (split.column is None) == (split.file is None):
             raise ConfigError(
-                "A given split needs a column or a file, and not both.", where=f"prepare.{name}",
+                "A given split needs a column or a file, and not both.",
+                where=f"prepare.{name}",
                 remedy=f"Set one of prepare.{name}.column and prepare.{name}.file.",
-            )  # fmt: skip
+            )
         if split.by != "given" and split.file is not None:
             raise ConfigError(
-                f"A split file is used by `given` alone, not by `{split.by}`.", where=f"prepare.{name}.file",
-                got=split.file, remedy=f"Set prepare.{name}.by to given, or leave the file out.",
-            )  # fmt: skip
+                f"A split file is used by `given` alone, not by `{split.by}`.",
+                where=f"prepare.{name}.file",
+                got=split.file,
+                remedy=f"Set prepare.{name}.by to given, or leave the file out.",
+            )
     if users.validation + users.test >= 1:
         raise ConfigError(
-            "Validation and test leave no user for training.", where="prepare.user_split",
-            got=users.validation + users.test, remedy="Make their shares smaller.",
-        )  # fmt: skip
+            "Validation and test leave no user for training.",
+            where="prepare.user_split",
+            got=users.validation + users.test,
+            remedy="Make their shares smaller.",
+        )
     if items.by == "time" and (items.column is None) != (items.after is None):
         raise ConfigError(
-            "A time split by a column needs both `column` and `after`.", where="prepare.item_split",
+            "A time split by a column needs both `column` and `after`.",
+            where="prepare.item_split",
             remedy="Set both, or neither to split by the time of an item's first event.",
-        )  # fmt: skip
+        )
 
 
 def split_file_chunks(path: str) -> list[Chunk]:
@@ -171,14 +177,21 @@ def new_items(keys: pa.Array, first: np.ndarray, items: pa.Table, split: ItemSpl
         given = _given_items(split.file)
         column = pa.chunked_array([pa.array([given.get(k) for k in keys.to_pylist()], type=pa.string())])
         return _codes(column, [ItemSet.EXISTING.value, ItemSet.NEW.value], pa.chunked_array([keys]), split.file) == 1
-    if split.column not in items.column_names:
+    if split.column is None or split.column not in items.column_names:
         raise ConfigError(
-            "The items have no such column.", where="prepare.item_split.column", got=split.column,
+            "The items have no such column.",
+            where="prepare.item_split.column",
+            got=split.column,
             remedy=f"Columns: {', '.join(items.column_names)}.",
-        )  # fmt: skip
+        )
     column = items[split.column]
     if split.by == "given":
-        codes = _codes(column.cast(pa.string()), [ItemSet.EXISTING.value, ItemSet.NEW.value], pa.chunked_array([keys]), f"column {split.column}")
+        codes = _codes(
+            column.cast(pa.string()),
+            [ItemSet.EXISTING.value, ItemSet.NEW.value],
+            pa.chunked_array([keys]),
+            f"column {split.column}",
+        )
         return codes == 1
     return pc.fill_null(pc.greater(_numbers(column, split.column), split.after), False).to_numpy(zero_copy_only=False)
 
@@ -198,16 +211,19 @@ def _numbers(column: pa.ChunkedArray, name: str) -> pa.Array:
         return column.combine_chunks().cast(pa.float64())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise SourceError(
-            f"The column that splits the items by time isn't numbers: {error}.", where=f"column {name} of the items",
+            f"The column that splits the items by time isn't numbers: {error}.",
+            where=f"column {name} of the items",
             remedy="Name a column of numbers in `prepare.item_split.column`.",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def _given_items(path: str) -> dict[str, str]:
     rows = csv.DictReader(io.StringIO(storage.read_text(path)))
     if not {"key", "split"} <= set(rows.fieldnames or ()):
         raise SourceError(
-            "A split file has the header `key,split`.", where=path, got=",".join(rows.fieldnames or ()),
+            "A split file has the header `key,split`.",
+            where=path,
+            got=",".join(rows.fieldnames or ()),
             remedy="Mend its first line.",
-        )  # fmt: skip
+        )
     return {row["key"]: row["split"] for row in rows}

@@ -31,7 +31,7 @@ _RECBOLE_FILES = tuple(f"ml-100k.{part}" for part in ("inter", "item", "user"))
 log = logging.getLogger(__name__)
 
 
-class Unreachable(Exception):
+class UnreachableError(Exception):
     """The address cannot be reached from here."""
 
 
@@ -57,9 +57,15 @@ def movielens_archive(release: str) -> tuple[str, list[str]]:
         _download(f"{ADDRESS}/{name}", target, checksum)
         how = "its published md5 agrees" if checksum else "no md5 is published for it"
         return str(target), [f"{name} downloaded from {ADDRESS}/{name}; {how}"]
-    except Unreachable as error:
+    except UnreachableError as error:
         if release == "ml-100k":
-            log.warning("%s/%s cannot be reached (%s): falling back to the copy inside the %s wheel.", ADDRESS, name, error, _RECBOLE)
+            log.warning(
+                "%s/%s cannot be reached (%s): falling back to the copy inside the %s wheel.",
+                ADDRESS,
+                name,
+                error,
+                _RECBOLE,
+            )
             copy = _recbole_copy(cache_folder() / "movielens" / "ml-100k-recbole")
             return str(copy), [_note(copy)]
         raise SourceError(
@@ -82,9 +88,9 @@ def _published_checksum(url: str) -> str | None:
     except urllib.error.HTTPError as error:
         if error.code in (403, 404):
             return None
-        raise Unreachable(f"the server answers {error.code}") from error
+        raise UnreachableError(f"the server answers {error.code}") from error
     except OSError as error:
-        raise Unreachable(str(getattr(error, "reason", error))) from error
+        raise UnreachableError(str(getattr(error, "reason", error))) from error
 
 
 def _download(url: str, target: Path, checksum: str | None) -> None:
@@ -95,13 +101,15 @@ def _download(url: str, target: Path, checksum: str | None) -> None:
         with urllib.request.urlopen(url, timeout=_CONNECT_SECONDS) as reply, partial.open("wb") as file:
             size = int(reply.headers.get("Content-Length") or 0)
             # A bar belongs on a terminal; in a job's log it is noise.
-            with tqdm(total=size or None, unit="B", unit_scale=True, desc=target.name, disable=not sys.stderr.isatty()) as bar:
+            with tqdm(
+                total=size or None, unit="B", unit_scale=True, desc=target.name, disable=not sys.stderr.isatty()
+            ) as bar:
                 while piece := reply.read(_PIECE):
                     file.write(piece)
                     digest.update(piece)
                     bar.update(len(piece))
         if size and partial.stat().st_size != size:
-            raise Unreachable(f"the connection ended after {partial.stat().st_size} of {size} bytes")
+            raise UnreachableError(f"the connection ended after {partial.stat().st_size} of {size} bytes")
         if checksum and digest.hexdigest() != checksum:
             raise SourceError(
                 "The downloaded archive is not the published one: its md5 differs.",
@@ -111,9 +119,9 @@ def _download(url: str, target: Path, checksum: str | None) -> None:
             )
         partial.replace(target)
     except urllib.error.HTTPError as error:
-        raise Unreachable(f"the server answers {error.code}") from error
+        raise UnreachableError(f"the server answers {error.code}") from error
     except OSError as error:
-        raise Unreachable(str(getattr(error, "reason", error))) from error
+        raise UnreachableError(str(getattr(error, "reason", error))) from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -122,7 +130,18 @@ def _recbole_copy(target: Path) -> Path:
     """Unpacks ml-100k from the recbole wheel, which pip fetches from its index."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check", "--dest", folder, _RECBOLE]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--no-deps",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--dest",
+            folder,
+            _RECBOLE,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         wheels = list(Path(folder).glob("recbole-*.whl"))
         if done.returncode or not wheels:
@@ -136,7 +155,10 @@ def _recbole_copy(target: Path) -> Path:
         unpacked.mkdir()
         with zipfile.ZipFile(wheels[0]) as wheel:
             for name in _RECBOLE_FILES:
-                with wheel.open(f"recbole/dataset_example/ml-100k/{name}") as source, (unpacked / name).open("wb") as file:
+                with (
+                    wheel.open(f"recbole/dataset_example/ml-100k/{name}") as source,
+                    (unpacked / name).open("wb") as file,
+                ):
                     shutil.copyfileobj(source, file)
         if not target.exists():
             unpacked.replace(target)

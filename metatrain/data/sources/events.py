@@ -48,17 +48,25 @@ def read_events(config: PrepareConfig) -> RawLog:
         SourceError: No files, or a missing column.
     """
     if config.path is None:
-        raise ConfigError("The source `events` needs a path.", where="prepare.path", remedy="Give a file, folder, pattern or URL.")
+        raise ConfigError(
+            "The source `events` needs a path.", where="prepare.path", remedy="Give a file, folder, pattern or URL."
+        )
     for level, table in (("task", config.users), ("item", config.items)):
         without = [f.name for f in config.features if f.level == level and table is None]
         if without:
             field = "users" if level == "task" else "items"
             raise ConfigError(
-                f"A feature of level {level} needs the table of {field}.", where="prepare.features", got=without[0],
+                f"A feature of level {level} needs the table of {field}.",
+                where="prepare.features",
+                got=without[0],
                 remedy=f"Name the table in `prepare.{field}`.",
-            )  # fmt: skip
+            )
     c = config.columns
-    wanted = {"key": Wanted(c.task, Check.KEY), "item": Wanted(c.item, Check.KEY), "timestamp": Wanted(c.timestamp, Check.TIME)}
+    wanted = {
+        "key": Wanted(c.task, Check.KEY),
+        "item": Wanted(c.item, Check.KEY),
+        "timestamp": Wanted(c.timestamp, Check.TIME),
+    }
     if c.label is not None:
         wanted["label"] = Wanted(c.label, label_check(config))
     files = find_files(config.path)
@@ -87,7 +95,9 @@ def read_events(config: PrepareConfig) -> RawLog:
     )
 
 
-def _chunks(files: list[RawFile], wanted: dict[str, Wanted], config: PrepareConfig, level: str) -> tuple[list[Chunk], int]:
+def _chunks(
+    files: list[RawFile], wanted: dict[str, Wanted], config: PrepareConfig, level: str
+) -> tuple[list[Chunk], int]:
     features: list[FeatureSource] = [f for f in config.features if f.level == level]
     wanted = wanted | {f.name: Wanted(f.name, f) for f in features}
     names = column_names(files[0])

@@ -63,12 +63,16 @@ def feature_column(feature: FeatureSource, column: pa.Array | pa.ChunkedArray, p
         values = pa.string() if feature.kind == "multi" else pa.float32()
         if pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
             text = array.cast(pa.string())
-            array = pc.split_pattern(text, feature.separator) if feature.separator else pa.ListArray.from_arrays(
-                pa.array(range(len(text) + 1), type=pa.int32()), text
-            )  # fmt: skip
+            array = (
+                pc.split_pattern(text, feature.separator)
+                if feature.separator
+                else pa.ListArray.from_arrays(pa.array(range(len(text) + 1), type=pa.int32()), text)
+            )
         return array.cast(pa.list_(values))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise SourceError(
-            f"A column cannot be read as a {feature.kind} feature: {error}.", where=f"{place}, column {feature.name}",
-            got=str(array.type), remedy="Mend the column, or the feature's `kind` in `prepare.features`.",
-        ) from error  # fmt: skip
+            f"A column cannot be read as a {feature.kind} feature: {error}.",
+            where=f"{place}, column {feature.name}",
+            got=str(array.type),
+            remedy="Mend the column, or the feature's `kind` in `prepare.features`.",
+        ) from error

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import glob
+import gzip
 import io
 import os
 import posixpath
 import zipfile
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from metatrain import storage
 from metatrain.errors import SourceError
@@ -35,6 +36,10 @@ class RawFile:
         """Opens it for reading."""
         file = storage.open_file(self.url)
         return zipfile.ZipFile(file).open(self.member) if self.member else file
+
+    def unpacked(self, raw: IO[bytes]) -> IO[bytes]:
+        """The opened file's content: a `.gz` unpacked as it is read."""
+        return cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if self.name.endswith(".gz") else raw
 
     def read(self) -> bytes:
         """All of it."""
@@ -69,16 +74,18 @@ def find_files(path: str) -> list[RawFile]:
         return _members(url) if url.lower().endswith(".zip") else [RawFile(url)]
     if fs.isdir(inside):
         # A folder's files and those of the folders in it: an archive unpacks to ml-1m/ratings.dat.
-        found = [p for p in fs.find(inside) if not posixpath.basename(p).startswith((".", "_"))]
+        found = [str(p) for p in fs.find(inside) if not posixpath.basename(p).startswith((".", "_"))]
     else:
-        found = [p for p in fs.glob(inside) if fs.isfile(p)] if glob.has_magic(inside) else []
+        found = [str(p) for p in fs.glob(inside) if fs.isfile(p)] if glob.has_magic(inside) else []
     if not found:
-        raise SourceError("There is no such file, folder or pattern of files.", where=path, remedy="Check `prepare.path`.")
+        raise SourceError(
+            "There is no such file, folder or pattern of files.", where=path, remedy="Check `prepare.path`."
+        )
     return [RawFile(_with_prefix(prefix, p)) for p in sorted(found)]
 
 
 def _with_prefix(prefix: str, path: str) -> str:
-    return path if "://" in path or os.path.isabs(path) and not prefix else prefix + path
+    return path if "://" in path or (os.path.isabs(path) and not prefix) else prefix + path
 
 
 def _members(url: str) -> list[RawFile]:

@@ -57,7 +57,12 @@ class RatingsChunk:
         user, item, rating, time = self.names
         for rows in self.part.read():
             t = rows.table
-            columns = {"key": t[user], "item": t[item], "label": labelled(t[rating], self.threshold), "timestamp": t[time]}
+            columns = {
+                "key": t[user],
+                "item": t[item],
+                "label": labelled(t[rating], self.threshold),
+                "timestamp": t[time],
+            }
             yield Rows(pa.table(columns), rows.bad)
 
 
@@ -85,7 +90,7 @@ def read_movielens(config: PrepareConfig) -> RawLog:
             raise SourceError(
                 "`movielens` alone doesn't say which release to download.",
                 where="prepare.source",
-                remedy="Use movielens-100k, -1m, -10m, -20m, -25m, -32m, -latest or -latest-small, or give `prepare.path`.",
+                remedy="Use movielens-100k, -1m, -10m, -20m, -25m, -32m or -latest-small, or give `prepare.path`.",
             )
         path, notes = movielens_archive(release)
     files = find_files(path)
@@ -113,7 +118,8 @@ def read_movielens(config: PrepareConfig) -> RawLog:
     if release.users is not None:
         tasks = [TableChunk(release.users.table)]
         features += [
-            FeatureSource(name=n, level="task", kind="categorical", width=width) for n in ("gender", "age", "occupation")
+            FeatureSource(name=n, level="task", kind="categorical", width=width)
+            for n in ("gender", "age", "occupation")
         ]
     bad = release.items.bad + (release.users.bad if release.users else 0)
     return RawLog(
@@ -131,7 +137,12 @@ def read_movielens(config: PrepareConfig) -> RawLog:
 
 
 def _release(files: list[RawFile], config: PrepareConfig, path: str) -> _Release:
-    for name, layout in (("u.data", _release_100k), ("ml-100k.inter", _release_recbole), ("ratings.dat", _release_dat), ("ratings.csv", _release_csv)):
+    for name, layout in (
+        ("u.data", _release_100k),
+        ("ml-100k.inter", _release_recbole),
+        ("ratings.dat", _release_dat),
+        ("ratings.csv", _release_csv),
+    ):
         if (ratings := named(files, name)) is not None:
             return layout(ratings, files, config)
     found = ", ".join(sorted({f.name for f in files})[:10])
@@ -147,7 +158,9 @@ def _needed(files: list[RawFile], name: str, beside: RawFile) -> RawFile:
     file = named(files, name) or _beside(beside, name)
     if file is None:
         raise SourceError(
-            f"The release is not whole: {name} is missing.", where=beside.place, remedy=f"Put {name} beside {beside.name}."
+            f"The release is not whole: {name} is missing.",
+            where=beside.place,
+            remedy=f"Put {name} beside {beside.name}.",
         )
     return file
 
@@ -171,7 +184,9 @@ def _release_100k(ratings: RawFile, files: list[RawFile], config: PrepareConfig)
     layout = Layout(_checks(names, config), names, "\t", quoted=False)
     columns = ("key", "title", "date", "video_date", "url", *GENRES_100K)
     checks = {"key": Check.KEY, "title": Check.TEXT, "date": Check.TEXT} | dict.fromkeys(GENRES_100K, Check.TEXT)
-    raw = read_whole(_needed(files, "u.item", ratings), Layout(checks, columns, "|", False, "latin-1"), config.skip_bad_rows)
+    raw = read_whole(
+        _needed(files, "u.item", ratings), Layout(checks, columns, "|", False, "latin-1"), config.skip_bad_rows
+    )
     flags = np.stack([pc.equal(raw.table[g], "1").to_numpy() for g in GENRES_100K], axis=1)
     offsets = np.concatenate([[0], flags.sum(axis=1).cumsum()]).astype(np.int32)
     words = pa.array(GENRES_100K).take(pa.array(np.nonzero(flags)[1]))
@@ -186,14 +201,21 @@ def _release_100k(ratings: RawFile, files: list[RawFile], config: PrepareConfig)
     )
     columns = ("key", "age", "gender", "occupation", "zip")
     checks = {"key": Check.KEY, "age": Check.NUMBER, "gender": Check.TEXT, "occupation": Check.TEXT}
-    users = read_whole(_needed(files, "u.user", ratings), Layout(checks, columns, "|", False, "latin-1"), config.skip_bad_rows)
+    users = read_whole(
+        _needed(files, "u.user", ratings), Layout(checks, columns, "|", False, "latin-1"), config.skip_bad_rows
+    )
     return _Release((ratings, layout, names), Rows(items, raw.bad), _with_age_ranges(users))
 
 
 def _release_recbole(ratings: RawFile, files: list[RawFile], config: PrepareConfig) -> _Release:
     names = ("user_id:token", "item_id:token", "rating:float", "timestamp:float")
     layout = Layout(_checks(names, config), None, "\t", quoted=False)
-    columns = {"item_id:token": "key", "movie_title:token_seq": "title", "release_year:token": "year", "class:token_seq": "genres"}
+    columns = {
+        "item_id:token": "key",
+        "movie_title:token_seq": "title",
+        "release_year:token": "year",
+        "class:token_seq": "genres",
+    }
     raw = _renamed(_needed(files, "ml-100k.item", ratings), columns, {"key": Check.KEY}, config)
     t = raw.table
     year = _text(t["year"])
@@ -219,12 +241,16 @@ def _release_dat(ratings: RawFile, files: list[RawFile], config: PrepareConfig) 
     layout = Layout(_checks(names, config), names, "::", quoted=False)
     movies = _needed(files, "movies.dat", ratings)
     checks = {"key": Check.KEY, "title": Check.TEXT, "genres": Check.TEXT}
-    raw = read_whole(movies, Layout(checks, ("key", "title", "genres"), "::", False, _encoding(movies)), config.skip_bad_rows)
+    raw = read_whole(
+        movies, Layout(checks, ("key", "title", "genres"), "::", False, _encoding(movies)), config.skip_bad_rows
+    )
     users = None
     if (file := named(files, "users.dat") or _beside(ratings, "users.dat")) is not None:
         checks = {"key": Check.KEY, "gender": Check.TEXT, "age": Check.NUMBER, "occupation": Check.TEXT}
         columns = ("key", "gender", "age", "occupation", "zip")
-        users = _with_age_ranges(read_whole(file, Layout(checks, columns, "::", False, "latin-1"), config.skip_bad_rows))
+        users = _with_age_ranges(
+            read_whole(file, Layout(checks, columns, "::", False, "latin-1"), config.skip_bad_rows)
+        )
         code = pc.index_in(_text(users.table["occupation"]), pa.array([str(i) for i in range(len(_OCCUPATIONS_1M))]))
         word = pc.coalesce(pa.array(_OCCUPATIONS_1M).take(code), _text(users.table["occupation"]))
         users = Rows(users.table.set_column(3, "occupation", word), users.bad)
@@ -238,7 +264,14 @@ def _release_csv(ratings: RawFile, files: list[RawFile], config: PrepareConfig) 
     return _Release((ratings, Layout(_checks(names, config)), names), Rows(_titled(raw.table), raw.bad), None)
 
 
-def _renamed(file: RawFile, columns: dict[str, str], checks: dict[str, Check], config: PrepareConfig, delimiter: str = "\t", quoted: bool = False) -> Rows:
+def _renamed(
+    file: RawFile,
+    columns: dict[str, str],
+    checks: dict[str, Check],
+    config: PrepareConfig,
+    delimiter: str = "\t",
+    quoted: bool = False,
+) -> Rows:
     """A small table with a header, its columns under our names."""
     layout = Layout({theirs: checks.get(ours, Check.TEXT) for theirs, ours in columns.items()}, None, delimiter, quoted)
     rows = read_whole(file, layout, config.skip_bad_rows)

@@ -73,9 +73,11 @@ class RatingsChunk:
             if not shapeless[i]:
                 what = self.check.problem if wrong_rating[i] else Check.TIME.problem
             raise SourceError(
-                what, where=f"{file.place}: line {first_line + int(number[i])}", got=rows[i].as_py()[:200],
+                what,
+                where=f"{file.place}: line {first_line + int(number[i])}",
+                got=rows[i].as_py()[:200],
                 remedy="Mend the line, or count and skip such rows with --skip-bad-rows.",
-            )  # fmt: skip
+            )
         keep = pa.array(~bad)
         label = labelled(parsed(rating.filter(keep), self.check), self.threshold)
         table = pa.table(
@@ -146,9 +148,11 @@ def _titles(file: RawFile) -> pa.Table:
     if broken.any():
         i = int(np.flatnonzero(broken)[0])
         raise SourceError(
-            "A line is not `FILM,YEAR,TITLE`.", where=f"{file.place}: line {i + 1}", got=lines[i].as_py()[:200],
+            "A line is not `FILM,YEAR,TITLE`.",
+            where=f"{file.place}: line {i + 1}",
+            got=lines[i].as_py()[:200],
             remedy="Mend the line.",
-        )  # fmt: skip
+        )
     match = match.filter(pa.array(present))
     key, year, title = (pc.struct_field(match, i) for i in range(3))
     known = pc.match_substring_regex(year, r"^\d{4}$")

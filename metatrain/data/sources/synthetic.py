@@ -158,7 +158,11 @@ def _counts(s: Synthetic, users: np.ndarray) -> np.ndarray:
     """Events of each user: 5 and a geometric rest, `events_per_user` in the mean, at most half the items."""
     rest = max(s.events_per_user - _FEWEST_EVENTS, 0)
     u = unit(hashed(s.seed, _Draw.COUNT, users))
-    more = np.floor(np.log1p(-u) / math.log(rest / (rest + 1))).astype(np.int64) if rest else np.zeros(len(users), np.int64)
+    more = (
+        np.floor(np.log1p(-u) / math.log(rest / (rest + 1))).astype(np.int64)
+        if rest
+        else np.zeros(len(users), np.int64)
+    )
     return np.minimum(_FEWEST_EVENTS + more, max(s.items // 2, min(_FEWEST_EVENTS, s.items)))
 
 

@@ -1,8 +1,7 @@
-"""Tables of any format (Parquet, CSV, JSON lines) as wanted columns, checked row by row with the place of what is bad."""
+"""Tables of any format (Parquet, CSV, JSON lines) as wanted columns, every row checked, every bad one's place named."""
 
 from __future__ import annotations
 
-import gzip
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -120,9 +119,11 @@ class TablePart:
             typed = array.cast(check.arrow_type)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             raise SourceError(
-                f"A column has a type that cannot be used: {error}.", where=f"{self.file.place}, column {w.theirs}",
-                got=str(array.type), remedy="Mend the column, or map another one in `prepare.columns`.",
-            ) from error  # fmt: skip
+                f"A column has a type that cannot be used: {error}.",
+                where=f"{self.file.place}, column {w.theirs}",
+                got=str(array.type),
+                remedy="Mend the column, or map another one in `prepare.columns`.",
+            ) from error
         if check is Check.KEY:
             typed = pc.if_else(pc.equal(typed, ""), None, typed)
         if check is Check.NUMBER:
@@ -146,16 +147,17 @@ class TablePart:
                     yield self._checked(pa.table(batch), lines, "row")
             except (pa.ArrowInvalid, OSError) as error:
                 raise SourceError(
-                    f"The Parquet file is broken: {error}.", where=f"{self.file.place}: after row {done}",
+                    f"The Parquet file is broken: {error}.",
+                    where=f"{self.file.place}: after row {done}",
                     remedy="Get the file again.",
-                ) from error  # fmt: skip
+                ) from error
 
     def _json(self) -> Iterator[Rows]:
         line, seen = 1, set()
         with self.file.open() as raw:
-            file = gzip.open(raw) if self.file.name.endswith(".gz") else raw
+            file = self.file.unpacked(raw)
             while block := file.read(_BLOCK_BYTES):
-                block = block if block.endswith(b"\n") else block + file.readline()  # type: ignore[operator]
+                block = block if block.endswith(b"\n") else block + file.readline()
                 rows, names = self._json_block(block, line)
                 line += block.count(b"\n")
                 seen |= names
@@ -191,16 +193,19 @@ class TablePart:
             except ValueError as error:
                 if not self.skip_bad:
                     raise SourceError(
-                        f"A line is not a JSON object: {error}.", where=f"{self.file.place}: line {number}",
+                        f"A line is not a JSON object: {error}.",
+                        where=f"{self.file.place}: line {number}",
                         got=line[:200].decode("utf-8", "replace"),
                         remedy="Mend the line, or count and skip such rows with --skip-bad-rows.",
-                    ) from error  # fmt: skip
+                    ) from error
                 bad += 1
                 continue
             rows.append(row)
             numbers.append(number)
         names = dict.fromkeys(name for row in rows for name in row)
-        columns = {w.theirs: _inferred([row.get(w.theirs) for row in rows]) for w in self.wanted.values() if w.theirs in names}
+        columns = {
+            w.theirs: _inferred([row.get(w.theirs) for row in rows]) for w in self.wanted.values() if w.theirs in names
+        }
         # A table of no columns has no rows; the count must survive for the missing column to be named.
         return pa.table(columns or {"": pa.nulls(len(rows))}), np.array(numbers, dtype=np.int64), bad
 
@@ -209,7 +214,9 @@ def _inferred(values: list) -> pa.Array:
     try:
         return pa.array(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError):
-        return pa.array([None if v is None else v if isinstance(v, str) else json.dumps(v) for v in values], type=pa.string())
+        return pa.array(
+            [None if v is None else v if isinstance(v, str) else json.dumps(v) for v in values], type=pa.string()
+        )
 
 
 @dataclass(frozen=True)
@@ -232,7 +239,7 @@ def column_names(file: RawFile) -> list[str] | None:
     with file.open() as raw:
         if kind == "parquet":
             return opened_parquet(file, raw).schema_arrow.names
-        text = gzip.open(raw) if file.name.endswith(".gz") else raw
+        text = file.unpacked(raw)
         line = text.readline().decode("utf-8", "replace").lstrip("\ufeff").rstrip("\r\n")
     if not line:
         raise SourceError("The file is empty: it has no header.", where=file.place, remedy="Check the file.")
@@ -253,7 +260,9 @@ def opened_parquet(file: RawFile, raw) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(raw)
     except (pa.ArrowInvalid, OSError) as error:
-        raise SourceError(f"Not a whole Parquet file: {error}.", where=file.place, remedy="Get the file again.") from error
+        raise SourceError(
+            f"Not a whole Parquet file: {error}.", where=file.place, remedy="Get the file again."
+        ) from error
 
 
 def table_chunks(files: list[RawFile], wanted: dict[str, Wanted], skip_bad: bool) -> tuple[list[Chunk], int]:

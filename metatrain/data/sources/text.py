@@ -8,7 +8,6 @@ A quoted value may hold the delimiter, but not a line break.
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from typing import IO, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 
 from metatrain.data.sources.checks import Check, bad_values, parsed, text_of
@@ -57,7 +55,7 @@ class TextPart:
             SourceError: A missing column, or (without `skip_bad`) a bad line.
         """
         with self.file.open() as raw:
-            file: IO[bytes] = gzip.open(raw) if self.file.name.endswith(".gz") else raw  # type: ignore[assignment]
+            file: IO[bytes] = self.file.unpacked(raw)
             header = _header(file, self.layout, self.file) if self.layout.columns is None else None
             columns = header or list(self.layout.columns or ())
             missing = [name for name in self.layout.checks if name not in columns]
@@ -101,21 +99,16 @@ class TextPart:
         """Line by line: only for a block with a bad line in it."""
         numbers: list[int] = []
         fields: list[list[str]] = []
-        bad = 0
+        bad, layout_delimiter = 0, self.layout.delimiter
+        first_bad: tuple[int, str, str | None, bytes] | None = None
         for number, line in enumerate(block.split(b"\n")):
             line = line.rstrip(b"\r")
             if not line:
                 continue
-            try:
-                text = line.decode(self.layout.encoding)
-                row = next(csv.reader([text], delimiter=delimiter, strict=True)) if self.layout.quoted else text.split(delimiter)
-                problem = f"{len(row)} fields where {len(columns)} are expected" if len(row) != len(columns) else ""
-            except (UnicodeDecodeError, csv.Error, StopIteration) as error:
-                text, row, problem = repr(line), [], str(error)
-            if problem and not self.skip_bad:
-                raise self._bad(f"A line cannot be parsed: {problem}.", self._line(position) + number, None, text.replace(delimiter, self.layout.delimiter))
+            row, problem = self._fields(line, delimiter, len(columns))
             if problem:
                 bad += 1
+                first_bad = first_bad or (number, f"A line cannot be parsed: {problem}.", None, line)
             else:
                 numbers.append(number)
                 fields.append(row)
@@ -123,32 +116,47 @@ class TextPart:
         texts = {}
         for name, check in self.layout.checks.items():
             index = columns.index(name)
-            text = pa.array([row[index] or None for row in fields], type=pa.string())
-            wrong = text_of(text, check)
-            if wrong.any() and not self.skip_bad:
-                first = int(np.flatnonzero(wrong)[0])
-                got = text[first].as_py()
-                raise self._bad(check.problem, self._line(position) + numbers[first], name, "nothing" if got is None else got)
+            texts[name] = pa.array([row[index] or None for row in fields], type=pa.string())
+            wrong = text_of(texts[name], check)
             keep &= ~wrong
-            texts[name] = text
+            if wrong.any():
+                i = int(np.flatnonzero(wrong)[0])
+                if first_bad is None or numbers[i] < first_bad[0]:
+                    first_bad = (numbers[i], check.problem, name, (fields[i][index] or "nothing").encode())
+        if first_bad is not None and not self.skip_bad:
+            number, what, column, got = first_bad
+            place = f"{self.file.place}: line {self._line(position) + number}" + (
+                f", column {column}" if column else ""
+            )
+            remedy = "Mend the line, or count and skip such rows with --skip-bad-rows."
+            shown = got.decode("utf-8", "replace").replace(delimiter, layout_delimiter)
+            raise SourceError(what, where=place, got=shown[:200], remedy=remedy)
         bad += int((~keep).sum())
         table = {name: parsed(text.filter(pa.array(keep)), self.layout.checks[name]) for name, text in texts.items()}
         return Rows(pa.table(table), bad)
+
+    def _fields(self, line: bytes, delimiter: str, expected: int) -> tuple[list[str], str]:
+        """A line's fields, or what is wrong with it."""
+        try:
+            text = line.decode(self.layout.encoding)
+            row = (
+                next(csv.reader([text], delimiter=delimiter, strict=True))
+                if self.layout.quoted
+                else text.split(delimiter)
+            )
+        except (UnicodeDecodeError, csv.Error, StopIteration) as error:
+            return [], str(error)
+        return row, "" if len(row) == expected else f"{len(row)} fields where {expected} are expected"
 
     def _line(self, position: int) -> int:
         """Number of the line at a byte, from 1: counted only when an error must name it."""
         lines, left = 1, position
         with self.file.open() as raw:
-            file: IO[bytes] = gzip.open(raw) if self.file.name.endswith(".gz") else raw  # type: ignore[assignment]
+            file: IO[bytes] = self.file.unpacked(raw)
             while left and (piece := file.read(min(left, BLOCK_BYTES))):
                 lines += piece.count(b"\n")
                 left -= len(piece)
         return lines
-
-    def _bad(self, what: str, line: int, column: str | None, got: str) -> SourceError:
-        place = f"{self.file.place}: line {line}" + (f", column {column}" if column else "")
-        remedy = "Mend the line, or count and skip such rows with --skip-bad-rows."
-        return SourceError(what, where=place, got=got[:200], remedy=remedy)
 
 
 def parts(file: RawFile, layout: Layout, skip_bad: bool, part_bytes: int = 8 * BLOCK_BYTES) -> list[TextPart]:
@@ -189,7 +197,7 @@ def _header(file: IO[bytes], layout: Layout, source: RawFile) -> list[str]:
 
 
 def _lines(file: IO[bytes], position: int, stop: int | None) -> bytes:
-    """Whole lines: up to `BLOCK_BYTES` and the end of the last line, or up to the last line that begins before `stop`."""
+    """Whole lines: up to `BLOCK_BYTES` and the end of the last line, or to the last line that begins before `stop`."""
     want = BLOCK_BYTES if stop is None else min(BLOCK_BYTES, stop - position)
     block = file.read(want)
     return block if block.endswith(b"\n") else block + file.readline()
