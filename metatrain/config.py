@@ -365,6 +365,9 @@ class EvaluateConfig(Section):
     """Of the intervals over tasks."""
     tasks_per_batch: Positive = 256
     """Tasks scored at a time."""
+    max_tasks: NotNegative = 20_000
+    """Tasks measured of each partition, to the end of the batch that reaches it: the first ones, which lie in the
+    shards by a hash of their key. 0: all."""
 
 
 class RunConfig(Section):

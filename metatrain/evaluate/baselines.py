@@ -17,7 +17,7 @@ estimates of their probability. Nothing loops over users or events.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,9 +33,15 @@ Array = np.ndarray
 class Baseline(Protocol):
     """A predictor with nothing meta-trained in it."""
 
-    name: str
-    #: Whether scores are predictions of the label, or an order alone.
-    predicts: bool
+    @property
+    def name(self) -> str:
+        """Its row's name."""
+        ...
+
+    @property
+    def predicts(self) -> bool:
+        """Whether scores are predictions of the label, or an order alone."""
+        ...
 
     def scores(self, tasks: PaddedTasks) -> Array:
         """Scores of the query events: float64 [T, Q], anything in padding."""
@@ -156,7 +162,7 @@ class Fitted:
 def fit(
     events: TrainingEvents,
     popularity: Array,
-    validation: Callable[[], Iterator[PaddedTasks]],
+    validation: Iterable[PaddedTasks],
     error: Callable[[Array, PaddedTasks], Array],
     *,
     ranks: Sequence[int] | None = None,
@@ -168,28 +174,33 @@ def fit(
     Args:
         events: Of training users on existing items.
         popularity: Training events of each item: int64 [I].
-        validation: Gives the validation users' tasks anew at each call; none: defaults are used, and noted.
+        validation: The validation users' tasks; none: defaults are used, and noted.
         error: Of scores [T, Q] a value a task, lower is better, NaN where undefined.
         ranks: Of the factorisation, tried on validation users. Default: 32, and 8 where events are few.
         rounds: Of alternating least squares.
         seed: Of the factors' start.
     """
     notes: list[str] = []
-    tasks = list(validation())
+    tasks = list(validation)
     mean = events.mean
 
-    def judged(candidates: Sequence[Baseline]) -> int:
+    def chosen(candidates: Sequence[Baseline], slack: float = 0.0) -> int:
+        """The candidate of the least error; with `slack`, the last one that is as good but for this share."""
         values = [np.concatenate([error(c.scores(t), t) for t in tasks]) for c in candidates] if tasks else []
-        means = [np.nanmean(v) if np.isfinite(v).any() else np.inf for v in values]
-        return int(np.argmin(means)) if means and np.isfinite(min(means)) else len(candidates) // 2
+        if not values or all(np.isnan(v).all() for v in values):
+            return len(candidates) // 2
+        means = np.array([np.nanmean(v) if not np.isnan(v).all() else np.inf for v in values])
+        return int(np.flatnonzero(means <= means.min() + slack * abs(means.min()))[-1])
 
     if not tasks:
         notes.append("No validation task: the baselines' shrinkage, rank and regularisation are defaults.")
     if events.limited:
         notes.append(f"Baselines are fitted on the first {events.user_count:,} training users.")
-    grid = [(i, u, fit_biases(events, i, u)) for i in ITEM_SHRINKAGE for u in USER_SHRINKAGE]
+    # Shrinkage that ascends, and slack: where many settings are as good on whole supports, the one that shrinks a
+    # user's bias most is the best on small ones.
+    grid = [(i, u, fit_biases(events, i, u)) for u in USER_SHRINKAGE for i in ITEM_SHRINKAGE]
     biases = [Bias(mean, fitted[0], u) for _, u, fitted in grid]
-    best = judged(biases)
+    best = chosen(biases, slack=0.002)
     item_shrinkage, user_shrinkage, (item_bias, user_bias) = grid[best]
     residuals = events.labels - mean - item_bias[events.items] - user_bias[events.users]
     ranks = ranks or ((32,) if events.labels.size > 300_000 else (8, 32))
@@ -200,7 +211,7 @@ def fit(
         for rank in ranks
         for strength in REGULARISATION
     ]
-    factorisation = factorisations[judged(factorisations)]
+    factorisation = factorisations[chosen(factorisations)]
     return Fitted(
         (
             GlobalMean(mean),

@@ -94,8 +94,8 @@ def evaluate_recommender(recommender: Recommender, config: EvaluateConfig, *, pr
             )
             if bar is not None:
                 bar.close()
-    for result in measured.values():
-        notes.extend(result.notes)
+    notes.extend(note for result in measured.values() for note in result.notes)
+    notes.extend(_left_out(measured, dataset, judge))
     return Report(
         dataset=dataset.manifest.name,
         run=recommender.config.run.name,
@@ -115,6 +115,17 @@ def evaluate_recommender(recommender: Recommender, config: EvaluateConfig, *, pr
             "dataset": dataset.manifest.facts,
         },
     )
+
+
+def _left_out(measured: dict[str, Measured], dataset: TaskDataset, judge: Judge) -> Iterator[str]:
+    """Notes on tasks beyond the bound, and on metrics that no task has defined."""
+    for partition in PARTITIONS:
+        total = dataset.manifest.tasks.get(partition.split, 0)
+        if partition.name in measured and (seen := measured[partition.name].seen) < total:
+            yield f"{partition.name}: measured on the first {seen:,} of {total:,} users (evaluate.max_tasks)."
+    for metric in judge.names(True):
+        if names := [name for name, result in measured.items() if metric in result.undefined]:
+            yield f"{metric} left out for {', '.join(names)}: {judge.needs(metric)}."
 
 
 def fit_baselines(dataset: TaskDataset, judge: Judge) -> baselines.Fitted:
@@ -143,7 +154,7 @@ def fit_baselines(dataset: TaskDataset, judge: Judge) -> baselines.Fitted:
     return baselines.fit(
         _training_events(dataset),
         np.asarray(dataset.catalogue.training_events),
-        validation,
+        validation(),
         judge.loss,
         seed=config.seed,
     )
@@ -156,6 +167,7 @@ def _training_events(dataset: TaskDataset) -> TrainingEvents:
 
 def _batches(dataset: TaskDataset, partition: Partition, config: EvaluateConfig, bar: tqdm | None):
     def of_draw(draw: int) -> Iterator[TaskBatch]:
+        count = 0
         for batch in iterate(
             dataset,
             partition.split,
@@ -168,6 +180,9 @@ def _batches(dataset: TaskDataset, partition: Partition, config: EvaluateConfig,
             yield batch
             if bar is not None:
                 bar.update(batch.size + batch.skipped)
+            count += batch.size
+            if config.max_tasks and count >= config.max_tasks:
+                return
 
     return of_draw
 

@@ -83,6 +83,12 @@ class Judge:
         kinds = ("nDCG", "hit rate", "recall")
         return [*errors, "AUC", *(f"{kind}@{k}" for kind in kinds for k in self.config.k)]
 
+    def needs(self, metric: str) -> str:
+        """Why a metric may be defined for no task."""
+        if metric.startswith(("hit rate", "recall")):
+            return f"it needs a query of more than {metric.partition('@')[2]} events, some of them relevant"
+        return "it needs a query of both kinds of labels" if metric == "AUC" else "it needs a label above 0"
+
     def values(self, scores: Array, tasks: PaddedTasks, metric: str) -> Array:
         """The metric of each task: [T], NaN where undefined; for RMSE the mean square."""
         labels, mask = tasks.query_labels, tasks.query_mask
@@ -124,7 +130,10 @@ class Measured:
     rows: tuple[Row, ...]
     by_support_size: tuple[SizeRow, ...]
     notes: tuple[str, ...]
-    skipped: int
+    skipped: int  # tasks outside of the episode's bounds
+    seen: int  # tasks read, those included
+    #: Metrics that no task has defined.
+    undefined: tuple[str, ...] = ()
 
 
 def draws_of(config: EvaluateConfig) -> int:
@@ -180,26 +189,21 @@ def measure(
                         curve[model, size].append(judge.values(scores, short, judge.curve_metric))
     if not tasks:
         why = f"{skipped:,} tasks have too few or too many events" if skipped else "there is no such task"
-        return Measured((), (), (f"{partition.name}: left out, {why}.",), skipped)
+        return Measured((), (), (f"{partition.name}: left out, {why}.",), skipped, skipped)
     ordinals, first = np.concatenate(tasks), np.concatenate(first_tasks)
-    rows, notes, undefined = [], [], {}
+    rows, undefined = [], {}
     for (model, metric), parts in values.items():
         estimate = judge.estimate(metric, np.concatenate(parts), ordinals)
         if estimate.tasks:
             rows.append(Row(model, partition.name, metric, *_fields(estimate), draws))
         else:
             undefined[metric] = True
-    if undefined:
-        why = (
-            "no task has them defined: hit rate and recall need queries of more than k events, AUC both kinds of labels"
-        )
-        notes.append(f"{partition.name}: {', '.join(undefined)} left out, {why}.")
     sizes = [
         SizeRow(model, partition.name, judge.curve_metric, *_fields(estimate), 1, size)
         for (model, size), parts in curve.items()
         if (estimate := judge.estimate(judge.curve_metric, np.concatenate(parts), first)).tasks
     ]
-    return Measured(tuple(rows), tuple(sizes), tuple(notes), skipped)
+    return Measured(tuple(rows), tuple(sizes), (), skipped, skipped + len(first), tuple(undefined))
 
 
 def _fields(estimate: metrics.Estimate) -> tuple[float, float, float, int]:

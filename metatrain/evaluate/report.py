@@ -161,7 +161,7 @@ def _plot(report: Report) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 4.8), dpi=150, layout="constrained")
+    figure = Figure(figsize=(12.5, 5.0), dpi=150, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=[1, 1.05])
     metric = report.rows[0].metric if report.rows else "MAE"
@@ -200,7 +200,7 @@ def _plot(report: Report) -> bytes:
     right.set_ylabel(f"{curve[0].metric if curve else metric} ({better})")
     right.set_title(f"{partition}: by support size", fontsize=10, loc="left")
     if curve:
-        right.legend(fontsize=8, frameon=False, ncols=2)
+        right.legend(fontsize=8, frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.46, -0.14))
     for axes in (left, right):
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.set_axisbelow(True)

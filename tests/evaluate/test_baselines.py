@@ -127,7 +127,7 @@ def fitted(train: list, validation: list[PaddedTasks]) -> baselines.Fitted:
     events = events_of(train)
     error = lambda scores, t: metrics.absolute_error(scores, t.query_labels, t.query_mask)  # noqa: E731
     popularity = np.bincount(events.items, minlength=ITEMS)
-    return baselines.fit(events, popularity, lambda: iter(validation), error, ranks=(2,))
+    return baselines.fit(events, popularity, validation, error, ranks=(2,))
 
 
 def test_each_baseline_beats_what_knows_less():

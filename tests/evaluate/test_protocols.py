@@ -84,7 +84,7 @@ def test_an_order_alone_has_no_errors():
 def test_metrics_without_a_defined_task_are_left_out_and_noted():
     result, _ = measured()
     assert not [r for r in result.rows if r.metric in ("hit rate@4", "recall@4")]
-    assert "hit rate@4, recall@4" in result.notes[0]
+    assert result.undefined == ("hit rate@4", "recall@4")
 
 
 def test_the_curve_truncates_the_support_of_the_first_draw():

@@ -225,3 +225,12 @@ def test_load_refuses_another_dataset_and_another_model(recommender, monkeypatch
     monkeypatch.setattr(recommender_module, "load_for_inference", lambda url, step: content)
     with pytest.raises(CheckpointError, match="another model"):
         Recommender.load("runs/some")
+
+
+def test_evaluation_of_the_first_tasks_alone_says_so(recommender):
+    config = recommender.config.evaluate.model_copy(update={"max_tasks": 7})
+    report = evaluate_recommender(recommender, config)
+    row = next(r for r in report.rows if r.partition == "new users" and r.metric == "MAE")
+    assert 7 <= row.tasks < 14
+    assert any(note.startswith("new users: measured on the first") for note in report.notes)
+    assert not [n for n in evaluate_recommender(recommender, recommender.config.evaluate).notes if "first" in n]
