@@ -190,7 +190,7 @@ def _release_100k(ratings: RawFile, files: list[RawFile], config: PrepareConfig)
     flags = np.stack([pc.equal(raw.table[g], "1").to_numpy() for g in GENRES_100K], axis=1)
     offsets = np.concatenate([[0], flags.sum(axis=1).cumsum()]).astype(np.int32)
     words = pa.array(GENRES_100K).take(pa.array(np.nonzero(flags)[1]))
-    year = pc.extract_regex(_text(raw.table["date"]), r"(?P<year>\d{4})$").field("year")
+    year = _matched(raw.table["date"], r"(?P<year>\d{4})$")
     items = pa.table(
         {
             "key": raw.table["key"],
@@ -302,7 +302,12 @@ def _with_age_ranges(users: Rows) -> Rows:
 
 
 def _year(title: pa.ChunkedArray) -> pa.Array:
-    return pc.extract_regex(_text(title), r"\((?P<year>\d{4})\)\s*$").field("year")
+    return _matched(title, r"\((?P<year>\d{4})\)\s*$")
+
+
+def _matched(column: pa.ChunkedArray, pattern: str) -> pa.Array:
+    """What the one group of a pattern matches; null where it doesn't."""
+    return pc.struct_field(pc.extract_regex(_text(column), pattern), 0)
 
 
 def _text(column: pa.Array | pa.ChunkedArray) -> pa.Array:
