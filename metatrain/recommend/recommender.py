@@ -26,7 +26,8 @@ from metatrain.data.schema import Level
 from metatrain.errors import CheckpointError, RequestError
 from metatrain.model.metamodel import MetaModel, build_model
 from metatrain.recommend.adapted import Adapted
-from metatrain.recommend.events import Events, Requests, read_requests
+from metatrain.recommend.event_tables import Events
+from metatrain.recommend.events import Requests, read_requests
 from metatrain.recommend.known_users import requests_of
 
 
