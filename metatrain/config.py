@@ -19,6 +19,8 @@ from metatrain.errors import ConfigError
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
+# FBGEMM's kernels move rows four numbers at a time.
+Width = Annotated[int, Field(gt=0, multiple_of=4)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NotNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -113,13 +115,19 @@ class FeatureSource(Section):
     kind: Literal["categorical", "multi", "numeric", "vector"]
     """How it is stored and embedded."""
     width: Positive = 16
-    """Embedding width (categorical, multi), or the vector's length."""
+    """Embedding width, a multiple of 4 (categorical, multi), or the vector's length."""
     table: str | None = None
     """Embedding table; features naming the same one share it and its vocabulary. Default: the feature's name."""
     buckets: Positive | None = None
     """Hash ids into this many buckets, in place of a vocabulary."""
     separator: str | None = "|"
     """Between the values of a multi-valued feature stored as text."""
+
+    @model_validator(mode="after")
+    def _embeddable(self) -> FeatureSource:
+        if self.kind in ("categorical", "multi") and self.width % 4:
+            raise ValueError(f"the embedding width of {self.name!r} ({self.width}) must be a multiple of 4")
+        return self
     min_count: Positive = 1
     """Values seen fewer times than this by training users (items: by trained items) get the unknown id."""
 
@@ -145,10 +153,10 @@ class PrepareConfig(Section):
     """What labels are. For clicks of a rated source, see `click_threshold`."""
     click_threshold: float | None = None
     """With `label: click`: ratings of at least this become 1, others 0. Null: labels are 0 or 1 already."""
-    item_width: Positive = 32
-    """Embedding width of the item's own id."""
-    feature_width: Positive = 16
-    """Embedding width of the sources' own features (MovieLens, Netflix, synthetic)."""
+    item_width: Width = 32
+    """Embedding width of the item's own id, a multiple of 4."""
+    feature_width: Width = 16
+    """Embedding width of the sources' own features (MovieLens, Netflix, synthetic), a multiple of 4."""
     min_events: Positive = 5
     """Users with fewer events are left out, and counted."""
     max_events: Positive = 10_000

@@ -11,9 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-from metatrain.config import load_config
-from metatrain.data.dataset import TaskDataset
-from metatrain.data.manifest import Split
+from metatrain.config import EpisodeConfig, load_config
+from metatrain.data.manifest import ItemSet, Split
+from metatrain.data.reader import iterate
 
 RECIPE = "configs/demo.yaml"
 
@@ -38,7 +38,11 @@ def main() -> None:
     run("prepare", RECIPE)
     run("train", RECIPE)
     run("evaluate", RECIPE)
-    user = TaskDataset.open(config.data.dataset).keys(Split.TEST, limit=1)[0]
+    # The first test user with a history of a usual length.
+    usual = EpisodeConfig(events_min=30, events_max=80)
+    user = next(
+        key for _, keys in iterate(config.data.dataset, Split.TEST, ItemSet.ALL, usual, keys=True) for key in keys
+    )
     print(f"\nUser {user} is a test user: no event of theirs was seen in training.")
     run("recommend", RECIPE, "--user", user, "--top", "10")
     print(f"\nAll done in {time.monotonic() - start:.0f} s. The curves of training:")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +64,10 @@ def load_for_inference(run_url: str, step: int | None = None) -> Loaded:
         if name.startswith(MODEL) and isinstance(entry, TensorStorageMetadata)
     }
     try:
-        dcp.load(state, storage_reader=reader, no_dist=True)
+        with warnings.catch_warnings():
+            # Without a process group is what is meant here.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+            dcp.load(state, storage_reader=reader, no_dist=True)
     except (CheckpointException, RuntimeError, ValueError, OSError) as error:
         raise _unreadable(url, error) from error
     config = load_config(storage.join(run_url, "config.yaml"))

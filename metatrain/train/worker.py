@@ -21,7 +21,7 @@ from metatrain.data.plan import lanes_of
 from metatrain.data.stream import TaskStream
 from metatrain.errors import TrainingError
 from metatrain.model.metamodel import build_model
-from metatrain.model.tables import distribute
+from metatrain.model.tables import OPTIMIZER_PREFIX, distribute
 from metatrain.observe.tensorboard import Board
 from metatrain.train.early_stopping import Patience
 from metatrain.train.identity import check_identity, identity
@@ -52,16 +52,17 @@ def train(config: Config, seat: Seat) -> None:
     optimizer = DenseOptimizer(distributed.dense_parameters(), config.train.optimizer)
 
     def state() -> dict[str, Any]:
-        tensors = {f"{MODEL}{name}": value for name, value in distributed.state_dict().items()}
-        return tensors | {f"optimizer.{name}": value for name, value in optimizer.state_dict().items()}
+        tensors = distributed.state_dict().items()
+        return {
+            **{name if name.startswith(OPTIMIZER_PREFIX) else f"{MODEL}{name}": value for name, value in tensors},
+            **{f"optimizer.{name}": value for name, value in optimizer.state_dict().items()},
+        }
 
     must_equal = identity(config, dataset.fingerprint)
     cursor, patience = Cursor(), Patience(config.train.early_stopping)
     if steps_saved := committed_steps(config.run_url):
         check_identity(read_marker(config.run_url, steps_saved[-1]).identity, must_equal, config.run_url)
-        loaded = state()
-        marker = load_checkpoint(config.run_url, steps_saved[-1], loaded)
-        distributed.load_state_dict({name.removeprefix(MODEL): v for name, v in loaded.items() if name.startswith(MODEL)})
+        marker = load_checkpoint(config.run_url, steps_saved[-1], state())  # in place
         cursor, patience = marker.cursor, Patience(config.train.early_stopping, marker.loop)
         seat.tell({"say": f"going on from the checkpoint at step {cursor.total}"})
 

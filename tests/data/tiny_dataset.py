@@ -22,7 +22,7 @@ def tiny_features(items: int) -> tuple[Feature, ...]:
 
     def embedded(name: str, level: Level, kind: Kind, table: str) -> Feature:
         rows = items + 1 if table == ITEM_FEATURE else len(TABLES[table]) + 1
-        width = {"colour": 4, "word": 6, "zip": 3, ITEM_FEATURE: 8}[table]
+        width = {"colour": 4, "word": 8, "zip": 4, ITEM_FEATURE: 8}[table]
         return Feature(name=name, level=level, kind=kind, table=table, rows=rows, width=width)
 
     return (

@@ -26,6 +26,7 @@ def recipe(dataset: str, storage_url: str, name: str, train: dict[str, Any] | No
         "train": {
             "epochs": 4,
             "log_every": 1,
+            "max_failures": 0,
             "checkpoint": {"every_steps": 5},
             "optimizer": {"warmup_steps": 5, "schedule": "cosine", "table_decay": 1e-4},
             **(train or {}),

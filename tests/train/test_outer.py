@@ -93,4 +93,6 @@ def test_a_changed_model_is_named_and_a_changed_worker_count_is_not():
     cosine = {"train": {"optimizer": {"schedule": "cosine"}, "epochs": 3}}
     with pytest.raises(CheckpointError, match="train.epochs"):
         changed = {"train": {"optimizer": {"schedule": "cosine"}, "epochs": 4}}
-        check_identity(identity(Config.model_validate(cosine), "d"), identity(Config.model_validate(changed), "d"), "run")
+        check_identity(
+            identity(Config.model_validate(cosine), "d"), identity(Config.model_validate(changed), "d"), "run"
+        )

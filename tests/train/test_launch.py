@@ -1,0 +1,94 @@
+"""Training on Ray: the same curve at any number of workers, and what cannot work fails before it starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from metatrain.checkpoint import best_step, committed_steps, read_marker
+from metatrain.config import Config
+from metatrain.errors import CheckpointError, ConfigError, DatasetError
+from metatrain.train.launch import check, launch
+from tests.data.tiny_dataset import write_tiny_dataset
+from tests.train.runs import assert_equal_states, curve, final_state, recipe
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
+    url = str(tmp_path_factory.mktemp("dataset"))
+    write_tiny_dataset(url, users=400, items=60, validation=30)
+    return url
+
+
+@pytest.fixture(scope="module")
+def one_worker(dataset: str, tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Config:
+    config = recipe(dataset, str(tmp_path_factory.mktemp("runs")), "one", {"max_steps": 100})
+    launch(config)
+    return config
+
+
+@pytest.mark.timeout(300)
+def test_one_and_two_workers_give_the_same_curve_over_100_steps(one_worker: Config) -> None:
+    two = one_worker.model_copy(
+        update={
+            "run": one_worker.run.model_copy(update={"name": "two"}),
+            "train": one_worker.train.model_copy(update={"workers": 2}),
+        }
+    )
+    launch(two)
+    assert read_marker(two.run_url, 100).world_size == 2
+    for tag in ("learning/loss_after", "learning/loss_before"):
+        expected, got = curve(one_worker, tag), curve(two, tag)
+        assert sorted(expected) == sorted(got) == list(range(1, 101))
+        assert all(got[step] == pytest.approx(loss, rel=1e-5) for step, loss in expected.items())
+    assert_equal_states(final_state(one_worker), final_state(two), tolerance=1e-4)
+
+
+@pytest.mark.timeout(300)
+def test_training_learns_validates_and_keeps_the_checkpoints_it_should(one_worker: Config) -> None:
+    losses = list(curve(one_worker, "learning/loss_after").values())
+    assert sum(losses[-20:]) < 0.9 * sum(losses[:20])
+    validation = curve(one_worker, "validation/loss_after")
+    assert list(validation) == [25, 50, 75, 100]
+    best = min(validation, key=validation.__getitem__)
+    steps = committed_steps(one_worker.run_url)
+    assert best_step(one_worker.run_url) == best
+    assert set(steps) == {best, *steps[-one_worker.train.checkpoint.keep :]}
+    assert read_marker(one_worker.run_url, best).metrics["validation_loss"] == pytest.approx(validation[best], rel=1e-6)
+
+
+@pytest.mark.timeout(300)
+def test_a_finished_run_trains_no_further(one_worker: Config) -> None:
+    before = committed_steps(one_worker.run_url)
+    launch(one_worker)
+    assert committed_steps(one_worker.run_url) == before
+    assert sorted(curve(one_worker, "learning/loss_after")) == list(range(1, 101))
+
+
+@pytest.mark.timeout(300)
+def test_a_checkpoint_of_another_model_is_refused_before_any_worker_starts(one_worker: Config) -> None:
+    other = one_worker.model_copy(update={"model": one_worker.model.model_copy(update={"hidden": (8,)})})
+    with pytest.raises(CheckpointError, match="another model") as caught:
+        check(other)
+    assert "model.hidden" in str(caught.value)
+
+
+def test_a_missing_dataset_a_truncated_shard_and_an_unknown_feature_are_refused(tmp_path: Path) -> None:
+    runs = str(tmp_path / "runs")
+    with pytest.raises(DatasetError, match="no manifest"):
+        check(recipe(str(tmp_path / "none"), runs, "x"))
+    url = str(tmp_path / "dataset")
+    manifest = write_tiny_dataset(url)
+    check(recipe(url, runs, "x"))
+    with pytest.raises(ConfigError, match="feature"):
+        check(recipe(url, runs, "x", model={"features": ["item", "colour"]}))
+    with pytest.raises(ConfigError, match="matches no parameter"):
+        check(recipe(url, runs, "x", meta={"adapt": ["nothing.*"]}))
+    shard = Path(url) / manifest.shards[0].path
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(DatasetError) as caught:
+        check(recipe(url, runs, "x"))
+    assert str(shard) in str(caught.value)
