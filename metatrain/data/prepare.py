@@ -67,6 +67,13 @@ def prepare(config: PrepareConfig, out: str, progress: bool = True, overwrite: b
         DatasetError: `out` holds another dataset, or something that is none.
     """
     check_splits(config)
+    if single := [f.name for f in config.features if f.buckets == 1]:
+        raise ConfigError(
+            "A feature has one hash bucket, which is for unknown values.",
+            where="prepare.features",
+            got=single[0],
+            remedy="Give it 2 buckets or more.",
+        )
     url = storage.absolute(out)
     raw = read_source(config)
     origin = {

@@ -98,7 +98,9 @@ def test_time_puts_the_latest_users_aside(first: list[int], validation: float, t
 @settings(deadline=None)
 @given(names=keys, data=st.data())
 def test_a_given_split_is_followed_to_the_letter(names: list[str], data: st.DataObject):
-    values = data.draw(st.lists(st.sampled_from(["train", "validation", "test", None]), min_size=len(names), max_size=len(names)))
+    values = data.draw(
+        st.lists(st.sampled_from(["train", "validation", "test", None]), min_size=len(names), max_size=len(names))
+    )
     codes = user_splits(tasks(names, split=values), UserSplit(by="given", column="fold"), None)
     assert codes.tolist() == [{"train": 0, "validation": 1, "test": 2, None: LEFT_OUT}[v] for v in values]
 
@@ -109,7 +111,13 @@ def test_a_given_split_of_another_name_is_refused():
     assert (error.value.where, error.value.got) == ("split.csv: key b", "dev")
 
 
-ITEMS = pa.table({"key": ["a", "b", "c", "d"], "year": ["1999", None, "1990", "2001"], "fold": ["new", "existing", "new", "existing"]})
+ITEMS = pa.table(
+    {
+        "key": ["a", "b", "c", "d"],
+        "year": ["1999", None, "1990", "2001"],
+        "fold": ["new", "existing", "new", "existing"],
+    }
+)
 
 
 def new(split: ItemSplit, first: list[int] | None = None) -> list[bool]:
@@ -131,7 +139,11 @@ def test_new_items_by_each_rule(tmp_path: Path):
 
 @pytest.mark.parametrize(
     "split",
-    [ItemSplit(by="time", column="yeer", after=1), ItemSplit(by="time", column="fold", after=1), ItemSplit(by="given", column="year")],
+    [
+        ItemSplit(by="time", column="yeer", after=1),
+        ItemSplit(by="time", column="fold", after=1),
+        ItemSplit(by="given", column="year"),
+    ],
 )
 def test_item_splits_that_cannot_be(split: ItemSplit):
     with pytest.raises(MetatrainError):

@@ -21,14 +21,16 @@ FEATURES = (
     FeatureSource(name="words", level="event", kind="multi"),
     FeatureSource(name="place", level="event", kind="vector", width=2),
 )
-LOG = [
-    {"user_id": 3, "item_id": 9, "label": 4.5, "timestamp": 100, "device": "tv", "length": 1.5, "words": ["a", "b"], "place": [0.5, 1.0]},
-    {"user_id": 4, "item_id": 9, "label": 1.0, "timestamp": 90, "device": None, "length": None, "words": ["b"], "place": [2.0, 3.0]},
+FIRST = {"device": "tv", "length": 1.5, "words": ["a", "b"], "place": [0.5, 1.0]}
+SECOND = {"device": None, "length": None, "words": ["b"], "place": [2.0, 3.0]}
+LOG: list[dict[str, Any]] = [
+    {"user_id": 3, "item_id": 9, "label": 4.5, "timestamp": 100} | FIRST,
+    {"user_id": 4, "item_id": 9, "label": 1.0, "timestamp": 90} | SECOND,
 ]
 WANTED = [
-    {"key": "3", "item": "9", "label": 4.5, "timestamp": 100, "device": "tv", "length": 1.5, "words": ["a", "b"], "place": [0.5, 1.0]},
-    {"key": "4", "item": "9", "label": 1.0, "timestamp": 90, "device": None, "length": None, "words": ["b"], "place": [2.0, 3.0]},
-]  # fmt: skip
+    {"key": "3", "item": "9", "label": 4.5, "timestamp": 100} | FIRST,
+    {"key": "4", "item": "9", "label": 1.0, "timestamp": 90} | SECOND,
+]
 
 
 def write(folder: Path, kind: str, log: list[dict[str, Any]] = LOG, name: str = "log") -> Path:
@@ -82,7 +84,9 @@ def test_columns_are_mapped_and_a_log_without_labels_is_of_clicks(tmp_path: Path
     path = tmp_path / "log.csv"
     path.write_text("who,what,when\nu,i,2020-01-01T00:00:00Z\n")
     columns = Columns(task="who", item="what", label=None, timestamp="when")
-    assert events(path, columns=columns, label="click")[0] == [{"key": "u", "item": "i", "timestamp": 1577836800, "label": 1.0}]
+    assert events(path, columns=columns, label="click")[0] == [
+        {"key": "u", "item": "i", "timestamp": 1577836800, "label": 1.0}
+    ]
 
 
 GOOD = {"user_id": 1, "item_id": 2, "label": 3.0, "timestamp": 4}
@@ -91,7 +95,12 @@ GOOD = {"user_id": 1, "item_id": 2, "label": 3.0, "timestamp": 4}
 @pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
 @pytest.mark.parametrize(
     ("bad", "column"),
-    [({"label": None}, "label"), ({"label": float("nan")}, "label"), ({"label": float("inf")}, "label"), ({"user_id": None}, "user_id")],
+    [
+        ({"label": None}, "label"),
+        ({"label": float("nan")}, "label"),
+        ({"label": float("inf")}, "label"),
+        ({"user_id": None}, "user_id"),
+    ],
 )
 def test_a_bad_row_is_named_or_counted(tmp_path: Path, kind: str, bad: dict[str, Any], column: str):
     path = write(tmp_path, kind, [GOOD, GOOD | bad, GOOD])
@@ -151,15 +160,23 @@ def test_tables_of_users_and_items_with_given_splits(tmp_path: Path):
     items = write(tmp_path, "parquet", [{"item_id": 2, "title": "Two", "added": 2001.0}], "items")
     raw = read_source(
         PrepareConfig(
-            source="events", path=str(path), users=str(users), items=str(items),
+            source="events",
+            path=str(path),
+            users=str(users),
+            items=str(items),
             features=(FeatureSource(name="age", level="task", kind="numeric"),),
-            user_split=UserSplit(by="given", column="fold"), item_split=ItemSplit(by="time", column="added", after=2000),
-        )  # fmt: skip
+            user_split=UserSplit(by="given", column="fold"),
+            item_split=ItemSplit(by="time", column="added", after=2000),
+        )
     )
     assert raw.tasks is not None
     assert raw.items is not None
-    assert [r for c in raw.tasks for p in c.read() for r in p.table.to_pylist()] == [{"key": "1", "fold": "test", "age": 20.0}]
-    assert [r for c in raw.items for p in c.read() for r in p.table.to_pylist()] == [{"key": "2", "title": "Two", "added": 2001.0}]
+    assert [r for c in raw.tasks for p in c.read() for r in p.table.to_pylist()] == [
+        {"key": "1", "fold": "test", "age": 20.0}
+    ]
+    assert [r for c in raw.items for p in c.read() for r in p.table.to_pylist()] == [
+        {"key": "2", "title": "Two", "added": 2001.0}
+    ]
 
 
 # --- the Netflix Prize ---------------------------------------------------------------------------------------------

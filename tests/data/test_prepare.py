@@ -1,0 +1,280 @@
+"""Preparation from end to end on Ray: contents, splits, invariance to held-out users, reuse, errors."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from metatrain.config import FeatureSource, ItemSplit, PrepareConfig, Synthetic, UserSplit
+from metatrain.data.dataset import TaskDataset
+from metatrain.data.manifest import Split
+from metatrain.data.prepare import prepare, summary
+from metatrain.data.schema import Level
+from metatrain.errors import ConfigError, DatasetError, SourceError
+
+pytestmark = [pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(300)]
+assert ray  # marks the module as one that uses Ray
+FEATURES = (
+    FeatureSource(name="device", level="event", kind="categorical", width=4),
+    FeatureSource(name="length", level="event", kind="numeric"),
+    FeatureSource(name="city", level="task", kind="categorical", width=4),
+    FeatureSource(name="age", level="task", kind="numeric"),
+    FeatureSource(name="genre", level="item", kind="categorical", width=4),
+    FeatureSource(name="price", level="item", kind="numeric"),
+)
+
+
+class Log:
+    """A small log on disk, with tables of users and items and a given split of both."""
+
+    def __init__(self, folder: Path, users: int = 30, items: int = 12) -> None:
+        draw = random.Random(3)
+        self.folder = folder
+        self.split = {f"u{i}": ("train", "validation", "test")[i % 3] for i in range(users)}
+        self.events = [
+            {
+                "user_id": f"u{u}", "item_id": f"i{draw.randrange(items)}", "label": float(draw.randrange(1, 6)),
+                "timestamp": draw.randrange(1000, 1030), "device": draw.choice(["tv", "phone"]),
+                "length": draw.random(),
+            }
+            for u in range(users) for _ in range(6 + u % 4)
+        ]  # fmt: skip
+        draw.shuffle(self.events)
+        self.users = [
+            {"user_id": u, "city": draw.choice(["x", "y"]), "age": draw.randrange(20, 60)} for u in self.split
+        ]
+        self.items = [
+            {"item_id": f"i{i}", "title": f"T{i}", "genre": draw.choice("gh"), "price": float(i), "made": i}
+            for i in range(items)
+        ]
+
+    def config(self, **settings: Any) -> PrepareConfig:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in ("events", "users", "items"):
+            pq.write_table(
+                pa.Table.from_pylist(getattr(self, name)), self.folder / f"{name}.parquet", row_group_size=40
+            )
+        (self.folder / "split.csv").write_text("key,split\n" + "".join(f"{k},{v}\n" for k, v in self.split.items()))
+        paths = {name: str(self.folder / f"{name}.parquet") for name in ("users", "items")}
+        given = UserSplit(by="given", file=str(self.folder / "split.csv"))
+        base = {
+            "source": "events",
+            "path": str(self.folder / "events.parquet"),
+            "features": FEATURES,
+            "user_split": given,
+        }
+        return PrepareConfig(
+            **(base | paths | {"item_split": ItemSplit(by="time", column="made", after=8), "shards": 1} | settings)
+        )
+
+
+def rows(url: str, split: Split) -> dict[str, dict[str, Any]]:
+    dataset = TaskDataset.open(url)
+    tables = [pq.read_table(Path(url) / shard.path) for shard in dataset.manifest.of(split)]
+    return {row["key"]: row for table in tables for row in table.to_pylist()}
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_dataset_holds_the_log_and_nothing_else(tmp_path: Path, shards: int):
+    log = Log(tmp_path / "log")
+    url = str(tmp_path / "out")
+    manifest = prepare(log.config(shards=shards, row_group_tasks=4), url, progress=False)
+    dataset = TaskDataset.open(url)
+    catalogue = dataset.catalogue
+    devices, cities = [None, *dataset.vocabulary("device")], [None, *dataset.vocabulary("city")]
+    length = next(f for f in dataset.schema.features if f.name == "length")
+    seen = set()
+    for split in Split:
+        found = rows(url, split)
+        assert not seen & set(found)
+        seen |= set(found)
+        assert set(found) == {u for u, s in log.split.items() if s == split.value}
+        for key, row in found.items():
+            own = [e for e in log.events if e["user_id"] == key]
+            own.sort(key=lambda e: e["timestamp"])  # stable, as ties must be
+            assert [catalogue.keys[i] for i in row["items"]] == [e["item_id"] for e in own]
+            assert row["labels"] == [e["label"] for e in own]
+            assert row["timestamps"] == [e["timestamp"] for e in own]
+            assert [devices[i] for i in row["event:device"]] == [e["device"] for e in own]
+            np.testing.assert_allclose(
+                np.array(row["event:length"]) * length.deviation + length.mean, [e["length"] for e in own], rtol=1e-5
+            )
+            assert cities[row["task:city"]] == next(u["city"] for u in log.users if u["user_id"] == key)
+    assert seen == set(log.split)
+    assert sum(manifest.events.values()) == len(log.events)
+    assert manifest.skipped == {}
+    for shard in manifest.shards:
+        data = (tmp_path / "out" / shard.path).read_bytes()
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (shard.bytes, shard.sha256)
+        file = pq.ParquetFile(tmp_path / "out" / shard.path)
+        assert tuple(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)) == shard.row_groups
+        assert max(shard.row_groups) <= 4
+    assert not (tmp_path / "out" / "staging").exists()
+    # The catalogue: new items are without an id of their own, and without training events.
+    assert catalogue.keys.tolist() == [i["item_id"] for i in log.items]
+    assert catalogue.titles.tolist() == [i["title"] for i in log.items]
+    assert catalogue.new.tolist() == [i["made"] > 8 for i in log.items]
+    training = {u for u, s in log.split.items() if s == "train"}
+    wanted = [
+        0 if i["made"] > 8 else sum(e["item_id"] == i["item_id"] and e["user_id"] in training for e in log.events)
+        for i in log.items
+    ]
+    assert catalogue.training_events.tolist() == wanted
+    own = [None, *dataset.vocabulary("item")]
+    assert [own[i] for i in catalogue.features["item"]] == [
+        i["item_id"] if n else None for i, n in zip(log.items, wanted, strict=True)
+    ]
+    assert "left out    nothing" in summary(manifest)
+
+
+def test_statistics_and_vocabularies_know_training_users_alone(tmp_path: Path):
+    log = Log(tmp_path / "a")
+    before = prepare(log.config(), str(tmp_path / "out-a"), progress=False)
+    changed = Log(tmp_path / "b")
+    for i, event in enumerate(changed.events):
+        made = int(event["item_id"][1:])
+        if changed.split[event["user_id"]] != "train":
+            changed.events[i] = event | {
+                "label": 99.0,
+                "device": "watch",
+                "length": 1e6,
+                "item_id": f"i{(made + 5) % 8}",
+            }
+        elif made > 8:  # new items: held out of training with all their events
+            changed.events[i] = event | {"label": 77.0, "device": "radio", "length": -1e6}
+    for user in changed.users:
+        if changed.split[user["user_id"]] != "train":
+            user |= {"city": "z", "age": 1000}
+    for item in changed.items:
+        if item["made"] > 8:
+            item |= {"genre": "other", "price": 1e9}
+    after = prepare(changed.config(), str(tmp_path / "out-b"), progress=False)
+    assert after.schema_ == before.schema_
+    a, b = TaskDataset.open(str(tmp_path / "out-a")), TaskDataset.open(str(tmp_path / "out-b"))
+    for table in ("item", "device", "city", "genre"):
+        assert a.vocabulary(table) == b.vocabulary(table)
+    np.testing.assert_array_equal(a.catalogue.training_events, b.catalogue.training_events)
+    assert before.schema_.label_max == 5
+    # And the change did reach the dataset.
+    assert any(99.0 in row["labels"] for row in rows(str(tmp_path / "out-b"), Split.TEST).values())
+
+
+def test_users_that_a_given_split_does_not_name_are_counted(tmp_path: Path):
+    log = Log(tmp_path / "log")
+    gone = [log.split.popitem()[0] for _ in range(4)]
+    manifest = prepare(log.config(), str(tmp_path / "out"), progress=False)
+    assert manifest.skipped == {"users that the given split does not name": 4}
+    assert sum(manifest.tasks.values()) == 26
+    assert not set(gone) & set(itertools.chain(*(rows(str(tmp_path / "out"), s) for s in Split)))
+
+
+@pytest.mark.parametrize("users", [UserSplit(), UserSplit(by="time"), UserSplit(by="given", column="city")])
+def test_other_splits(tmp_path: Path, users: UserSplit):
+    log = Log(tmp_path / "log", users=60)
+    for u in log.users:
+        u["city"] = "train" if u["city"] == "x" else "test"
+    manifest = prepare(
+        log.config(user_split=users, item_split=ItemSplit(by="time", new=0.3)), str(tmp_path / "out"), progress=False
+    )
+    assert sum(manifest.tasks.values()) == 60
+    assert manifest.tasks[Split.TEST] > 0
+    assert 0 < manifest.new_items <= 4
+    first = {k: min(r["timestamps"]) for s in Split for k, r in rows(str(tmp_path / "out"), s).items()}
+    if users.by == "time":
+        trained = [first[k] for k in rows(str(tmp_path / "out"), Split.TRAIN)]
+        assert max(trained) < min(first[k] for k in rows(str(tmp_path / "out"), Split.TEST))
+
+
+def test_the_same_again_is_left_and_another_is_refused_unless_told(tmp_path: Path):
+    log, url = Log(tmp_path / "log"), str(tmp_path / "out")
+    config = log.config()
+    first = prepare(config, url, progress=False)
+    written = (tmp_path / "out" / "manifest.json").stat().st_mtime_ns
+    assert prepare(config, url, progress=False) == first
+    assert (tmp_path / "out" / "manifest.json").stat().st_mtime_ns == written
+    other = config.model_copy(update={"min_events": 8})
+    with pytest.raises(DatasetError, match="another dataset") as error:
+        prepare(other, url, progress=False)
+    assert error.value.got == "prepare.min_events: 5 there, 8 wanted"
+    log.events.append(log.events[0] | {"timestamp": 5000})
+    with pytest.raises(DatasetError, match="another dataset") as error:
+        prepare(log.config(), url, progress=False)
+    assert error.value.got == "other source files"
+    few = prepare(other, url, progress=False, overwrite=True)
+    assert few.skipped["users with fewer than 8 events"] == sum(6 + u % 4 < 8 for u in range(1, 30))
+    assert TaskDataset.open(url).manifest == few
+
+
+def test_a_folder_of_something_else_is_never_touched(tmp_path: Path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("precious")
+    for overwrite in (False, True):
+        with pytest.raises(DatasetError, match="not a dataset"):
+            prepare(Log(tmp_path / "log").config(), str(tmp_path / "out"), progress=False, overwrite=overwrite)
+    assert (tmp_path / "out" / "thesis.tex").read_text() == "precious"
+
+
+def test_what_an_interrupted_preparation_left_is_cleared(tmp_path: Path):
+    (tmp_path / "out" / "staging").mkdir(parents=True)
+    (tmp_path / "out" / "staging" / "00000.tasks.arrow").write_bytes(b"part")
+    (tmp_path / "out" / "shards" / "train").mkdir(parents=True)
+    (tmp_path / "out" / "shards" / "train" / "00007.parquet").write_bytes(b"part")
+    manifest = prepare(Log(tmp_path / "log").config(), str(tmp_path / "out"), progress=False)
+    left = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out" / "shards").rglob("*.parquet")}
+    assert left == {shard.path for shard in manifest.shards}
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_an_error_in_a_task_comes_out_as_it_was_raised(tmp_path: Path, shards: int):
+    path = tmp_path / "log.csv"
+    path.write_text("user_id,item_id,label,timestamp\na,b,1,2\na,b,nan,2\n")
+    with pytest.raises(SourceError) as error:
+        prepare(PrepareConfig(source="events", path=str(path), shards=shards), str(tmp_path / "out"), progress=False)
+    assert type(error.value) is SourceError
+    assert error.value.where == f"{path}: line 3, column label"
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    path.write_text("user_id,item_id,label,timestamp\n" + "a,b,1,2\n" * 6 + "a,b,nan,2\n")
+    train = UserSplit(validation=0, test=0)
+    config = PrepareConfig(source="events", path=str(path), shards=shards, skip_bad_rows=True, user_split=train)
+    assert prepare(config, str(tmp_path / "out"), progress=False).skipped == {"bad rows": 1}
+
+
+def test_logs_that_teach_nothing_are_refused(tmp_path: Path):
+    path = tmp_path / "log.csv"
+    path.write_text("user_id,item_id,label,timestamp\n")
+    with pytest.raises(SourceError, match="empty"):
+        prepare(PrepareConfig(source="events", path=str(path)), str(tmp_path / "out"), progress=False)
+    log = Log(tmp_path / "log")
+    log.split = dict.fromkeys(log.split, "test")
+    with pytest.raises(SourceError, match="No training user"):
+        prepare(log.config(), str(tmp_path / "out2"), progress=False)
+    a = FeatureSource(name="genre", level="item", kind="categorical", width=4, table="t")
+    b = FeatureSource(name="city", level="task", kind="categorical", width=8, table="t")
+    with pytest.raises(ConfigError, match="one hash bucket"):
+        prepare(log.config(features=(a.model_copy(update={"buckets": 1}),)), str(tmp_path / "out3"), progress=False)
+    with pytest.raises(ConfigError, match="table 't' differ"):
+        prepare(Log(tmp_path / "log3").config(features=(a, b)), str(tmp_path / "out3"), progress=False)
+
+
+def test_a_synthetic_dataset_is_the_same_whatever_its_shards(tmp_path: Path):
+    manifests = []
+    for n, per_shard in enumerate((200, 70)):
+        s = Synthetic(users=200, items=60, events_per_user=12, users_per_shard=per_shard)
+        manifests.append(
+            prepare(PrepareConfig(source="synthetic", synthetic=s), str(tmp_path / str(n)), progress=False)
+        )
+    assert manifests[0].shards == manifests[1].shards
+    assert manifests[0].catalogue_sha256 == manifests[1].catalogue_sha256
+    assert manifests[0].facts["bayes_rmse"] == 0.5
+    assert json.loads(manifests[0].model_dump_json())["prepared_with"]["config"]["synthetic"]["users"] == 200
+    assert {f.level for f in manifests[0].schema_.features} == {Level.ITEM, Level.TASK}
