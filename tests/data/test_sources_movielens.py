@@ -69,7 +69,10 @@ def write(folder: Path, release: str) -> Path:
 def tables(config: PrepareConfig) -> dict[str, list[dict[str, Any]]]:
     raw = read_source(config)
     parts = {"events": raw.events, "tasks": raw.tasks or [], "items": raw.items or []}
-    return {name: [row for c in chunks for rows in c.read() for row in rows.table.to_pylist()] for name, chunks in parts.items()}
+    return {
+        name: [row for c in chunks for rows in c.read() for row in rows.table.to_pylist()]
+        for name, chunks in parts.items()
+    }
 
 
 @pytest.mark.parametrize("packed", ["folder", "zip", "file"])
@@ -116,7 +119,9 @@ def test_10m_has_half_stars_and_no_users_and_utf8_titles(tmp_path: Path):
 def test_extras_join_certificate_directors_and_actors(tmp_path: Path):
     folder = write(tmp_path / "ml", "1m")
     extras = tmp_path / "movies_extrainfos.dat"
-    extras.write_text("8::Nothing::1999::N/A::1 Jan 1999::Drama::Ann A, Bob B::W::Cy C, Cy C, N/A N::A plot::with it::u\n")
+    extras.write_text(
+        "8::Nothing::1999::N/A::1 Jan 1999::Drama::Ann A, Bob B::W::Cy C, Cy C, N/A N::A plot::with it::u\n"
+    )
     found = tables(PrepareConfig(source="movielens-1m", path=str(folder), extras=str(extras)))["items"]
     assert found[0] == {
         "key": "7", "title": "Toys (1995)", "genres": ["Animation", "Comedy"], "year": "1995",
@@ -208,8 +213,12 @@ def test_a_download_is_checked_and_cached(cache: Path, monkeypatch: pytest.Monke
     assert (cache / "movielens" / "ml-1m.zip").read_bytes() == content
 
 
-@pytest.mark.parametrize(("md5", "length", "message"), [(b"0" * 32, None, "md5 differs"), (None, 10**6, "connection ended")])
-def test_a_broken_download_is_refused_and_not_cached(cache: Path, monkeypatch: pytest.MonkeyPatch, md5, length, message):
+@pytest.mark.parametrize(
+    ("md5", "length", "message"), [(b"0" * 32, None, "md5 differs"), (None, 10**6, "connection ended")]
+)
+def test_a_broken_download_is_refused_and_not_cached(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, md5, length, message
+):
     serve(monkeypatch, md5, archive_bytes(), length)
     with pytest.raises(SourceError, match=message):
         read_source(PrepareConfig(source="movielens-1m"))

@@ -21,7 +21,12 @@ def table(settings: Synthetic, what: str = "events") -> pa.Table:
 
 
 @settings(deadline=None, max_examples=15)
-@given(users=st.integers(1, 60), shard=st.integers(1, 70), items=st.sampled_from([1, 7, 50, 300]), label=st.sampled_from(["rating", "click"]))
+@given(
+    users=st.integers(1, 60),
+    shard=st.integers(1, 70),
+    items=st.sampled_from([1, 7, 50, 300]),
+    label=st.sampled_from(["rating", "click"]),
+)
 def test_the_log_does_not_depend_on_its_shards(users: int, shard: int, items: int, label):
     whole = Synthetic(users=users, items=items, users_per_shard=1000, label=label)
     cut = whole.model_copy(update={"users_per_shard": shard})

@@ -20,7 +20,9 @@ from metatrain.errors import SourceError
 CHECKS = {"user": Check.KEY, "rating": Check.RATING, "time": Check.TIME}
 PLAIN = Layout(CHECKS, ("user", "rating", "time"), "::", quoted=False)
 HEADED = Layout(CHECKS)
-words = st.text(st.characters(codec="utf-8", exclude_characters=':\n\r\x1f"', exclude_categories=("Cs", "Cc")), min_size=1)
+words = st.text(
+    st.characters(codec="utf-8", exclude_characters=':\n\r\x1f"', exclude_categories=("Cs", "Cc")), min_size=1
+)
 rows = st.tuples(words, st.integers(-5, 5), st.integers(0, 2**31))
 
 
@@ -43,11 +45,15 @@ def test_every_row_is_read_once_however_the_file_is_cut(tmp_path_factory, table,
 
 @settings(deadline=None, max_examples=50)
 @given(
-    table=st.lists(st.one_of(rows, st.sampled_from(["a::b", "a::nan::3", "::1::3", "a::1::soon", "x::y::z::w"])), max_size=25)
+    table=st.lists(
+        st.one_of(rows, st.sampled_from(["a::b", "a::nan::3", "::1::3", "a::1::soon", "x::y::z::w"])), max_size=25
+    )
 )
 def test_skipped_rows_are_counted_and_the_first_is_named(tmp_path_factory, table):
     path = tmp_path_factory.mktemp("text") / "ratings.dat"
-    path.write_text("".join(row + "\n" if isinstance(row, str) else "{}::{}::{}\n".format(*row) for row in table), "utf-8")
+    path.write_text(
+        "".join(row + "\n" if isinstance(row, str) else "{}::{}::{}\n".format(*row) for row in table), "utf-8"
+    )
     good = [(u, float(r), t) for u, r, t in (row for row in table if not isinstance(row, str))]
     found, bad = read([TextPart(RawFile(str(path)), PLAIN, skip_bad=True)])
     assert (found, bad) == (good, len(table) - len(good))
@@ -112,7 +118,14 @@ def test_quotes_byte_order_marks_and_packed_files(tmp_path: Path):
 
 
 def test_times_of_every_form_agree():
-    same = ["1577836800", "1577836800000", "2020-01-01", "2020-01-01T00:00:00Z", "2020-01-01 01:00:00+01:00", "1577836800.0"]
+    same = [
+        "1577836800",
+        "1577836800000",
+        "2020-01-01",
+        "2020-01-01T00:00:00Z",
+        "2020-01-01 01:00:00+01:00",
+        "1577836800.0",
+    ]
     assert set(seconds(pa.array(same))) == {1577836800.0}
     assert set(seconds(pa.array([1577836800, 1577836800000, 1577836800000000]))) == {1577836800.0}
 
