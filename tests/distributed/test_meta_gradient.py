@@ -161,9 +161,11 @@ def reference_of(setting: Setting, tasks: int = 6, seed: int = 5) -> tuple[dict[
 
 def assert_equal_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert found.keys() == expected.keys()
+    # A few units in the last place of the whole gradient: what is left where a tensor's parts nearly cancel.
+    rounding = 3e-7 * float(torch.stack([g.norm() for g in expected.values()]).norm())
     for name, reference in expected.items():
         error = float((found[name].double() - reference).norm())
-        assert error <= TOLERANCE * float(reference.norm()) + 1e-9, f"{name}: {error} of {float(reference.norm())}"
+        assert error <= TOLERANCE * float(reference.norm()) + rounding, f"{name}: {error} of {float(reference.norm())}"
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1rank", "2ranks"])

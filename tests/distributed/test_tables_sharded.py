@@ -142,7 +142,7 @@ def configuration(table: str = "rowwise_adagrad") -> Config:
 
 def step_losses(distributed: Any, rank: int, world_size: int, seeds: tuple[int, ...]) -> list[float]:
     """Global losses of some training steps."""
-    dense = torch.optim.SGD(distributed.dense_parameters().values(), lr=0.1)
+    dense = torch.optim.SGD(distributed.dense_parameters().values(), lr=1e-3)
     losses = []
     for seed in seeds:
         batch = made_up_batch(6, seed)
