@@ -35,7 +35,6 @@ engine and thread): fresh large tensors cost more in page faults than the arithm
 
 from __future__ import annotations
 
-import threading
 from typing import NamedTuple
 
 import torch
@@ -47,8 +46,7 @@ from metatrain.meta.episode import Episodes, Examples
 from metatrain.meta.losses import EventLoss, event_loss
 from metatrain.meta.low_rank_elementwise import loss_derivatives
 from metatrain.meta.low_rank_form import CannotServe, describe
-from metatrain.meta.low_rank_layers import Workspace
-from metatrain.meta.low_rank_loss import AdaptedLoss, Problem, without_prefix
+from metatrain.meta.low_rank_loss import AdaptedLoss, Problem, Recordings, without_prefix
 
 __all__ = ["AdaptedLosses", "CannotServe", "LowRankEngine"]
 
@@ -82,11 +80,11 @@ class LowRankEngine:
         self, learner: nn.Module, loss: str | EventLoss, order: int = 2, huber_delta: float = 1.0, chunk: int = 0
     ) -> None:
         self.form = describe(learner)
-        self._order, self._chunk = order, chunk
+        self._order, self._chunk, self._huber_delta = order, chunk, huber_delta
         self._loss = event_loss(loss, huber_delta) if isinstance(loss, str) else loss
         self._derivatives = loss_derivatives(loss, huber_delta)
         self._vmap = VmapEngine(learner, self._loss, order)
-        self._workspaces = _Workspaces()
+        self._recordings = Recordings()
 
     def adapt(
         self, parameters: Tensors, adapted: tuple[str, ...], rates: list[dict[str, Tensor]], support: Examples, rows: Tensors
@@ -114,14 +112,14 @@ class LowRankEngine:
         adapted: tuple[str, ...],
         rates: list[dict[str, Tensor]],
         episodes: Episodes,
-        loss: EventLoss,
+        loss: str | EventLoss,
     ) -> AdaptedLosses:
         """The tasks' query losses before and after adaptation; `total` is differentiable once, to all that is given.
 
         Args:
             parameters, adapted, rates: See `Engine.adapt`.
             episodes: Support and query.
-            loss: Of a query event.
+            loss: Of a query event: a name, which spares autograd, or any elementwise function.
 
         Raises:
             CannotServe: There are adapted rows.
@@ -146,16 +144,18 @@ class LowRankEngine:
             names,
             rate_names,
             frozenset(adapted),
-            loss,
+            event_loss(loss, self._huber_delta) if isinstance(loss, str) else loss,
+            loss_derivatives(loss, self._huber_delta),
             self._derivatives,
             self._order,
             len(inputs),
             self._chunk or self._chunk_for(support, query, len(rates)),
-            self._workspaces.get,
+            torch.is_grad_enabled(),
         )
         weights = support.mask / support.mask.sum(-1, keepdim=True).clamp(min=1.0)
         result = AdaptedLoss.apply(
             problem,
+            self._recordings,
             support.labels,
             weights,
             query.labels,
@@ -176,22 +176,3 @@ class LowRankEngine:
     def _kept(self, events: int) -> int:
         widths = [self._vmap._learner.get_parameter(n.weight).shape for n in self.form.hidden]
         return sum(5 * events * shape[0] for shape in widths) + sum(shape.numel() for shape in widths[1:])
-
-
-class _Workspaces(threading.local):
-    """One workspace a thread, type and device. Not part of an engine's state: copies and pickles start without."""
-
-    def __init__(self) -> None:
-        self._held: dict[tuple[torch.dtype, torch.device], Workspace] = {}
-
-    def get(self, like: Tensor) -> Workspace:
-        key = (like.dtype, like.device)
-        if key not in self._held:
-            self._held[key] = Workspace(like.detach())
-        return self._held[key]
-
-    def __deepcopy__(self, memo: object) -> _Workspaces:
-        return _Workspaces()
-
-    def __reduce__(self) -> tuple[type[_Workspaces], tuple[()]]:
-        return _Workspaces, ()

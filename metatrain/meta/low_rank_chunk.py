@@ -1,4 +1,4 @@
-"""One chunk of tasks through the low-rank inner loop and back, written out by hand.
+"""One chunk of tasks through the low-rank inner loop and back, written out by hand and recorded as two programs.
 
 Promises: the exact meta-gradient (first or second order) of the scores after adaptation, from the adjoint of those
 scores; nothing of the size of a weight a task for the first layer; buffers of the workspace alone, so that a chunk's
@@ -7,253 +7,265 @@ working set stays in cache. `low_rank` has the mathematics, `low_rank_layers` th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from metatrain.meta.low_rank_elementwise import ACTIVATIONS, Activated, LossDerivatives
-from metatrain.meta.low_rank_form import LinearForm
+from metatrain.meta.low_rank_elementwise import ACTIVATIONS, LossDerivatives
+from metatrain.meta.low_rank_form import LinearForm, LinearNames
 from metatrain.meta.low_rank_head import Head
-from metatrain.meta.low_rank_layers import FirstLayer, Gradients, Gram, HiddenLayer, Workspace
+from metatrain.meta.low_rank_hidden import HiddenLayer
+from metatrain.meta.low_rank_layers import FirstLayer, Gradients, Gram, Linear
+from metatrain.meta.low_rank_program import Program, Workspace
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """What a chunk reads. `first` feeds the lowest layer that adapts, `skip` the head; they may be one tensor.
+class Sizes:
+    """Shapes and settings that a recorded chunk is for."""
 
-    Support [T, S, width] and query [T, Q, width]; labels and weights [T, S], weights being mask / number of events.
-    """
+    tasks: int
+    support: int
+    query: int
+    first: int  # width of what the lowest layer that adapts reads
+    skip: int  # width of what the head reads beside, where that is another tensor; 0: the same, or nothing
+    adapted: frozenset[str]
+    order: int
+    steps: int
+    inputs_differ: bool  # whether the inputs' gradients are wanted
+    rates_differ: bool
+    reverses: bool  # whether any gradient is wanted
 
-    first_s: Tensor
-    first_q: Tensor
-    skip_s: Tensor | None
-    skip_q: Tensor | None
-    labels: Tensor
-    weights: Tensor
+
+@dataclass(frozen=True)
+class Buffers:
+    """What a chunk reads and writes, at fixed places; T, S, Q and widths as `Sizes` has them."""
+
+    inputs: list[Tensor]  # first_s, first_q and, where they are others, skip_s, skip_q
+    d_inputs: list[Tensor]  # their adjoints; empty where not wanted
+    labels: Tensor  # [T, S]
+    weights: Tensor  # [T, S]: mask / number of events
+    d_scores: Tensor  # [T, Q]: adjoint of the adapted scores
+
+
+@dataclass
+class _Step:
+    """What the reverse needs of an inner step."""
+
+    slopes: list[Tensor]
+    curvatures: list[Tensor | None]
+    gradients: list[Tensor]  # at each layer's output, before the activation's slope
+    loss_curvature: Tensor
 
 
 class Chunk:
-    """The inner loop of T tasks: `forward`, then, once, `reverse`.
+    """The inner loop of T tasks, recorded at construction from what `buffers` hold then.
 
     Args:
-        ws: Buffers; overwritten by the next chunk that is given the same.
-        form: The base learner, without the hidden layers below the lowest that adapts (see `Inputs.first`).
-        parameters: Its shared parameters, detached.
-        adapted: Names of those that adapt.
+        ws: Where intermediate results go.
+        form: The base learner, without the hidden layers below the lowest that adapts.
+        parameters: Its shared parameters, at fixed places.
         rates: One entry a step: parameter name → rate.
         loss: Derivatives of the support's event loss.
-        order: 2, or 1 for first-order.
-        inputs_differ: Whether the inputs' own gradients are wanted.
+        found: Is added to by the reverse.
+
+    Attributes:
+        before, after: Scores [T, Q] with the shared parameters, and after adaptation.
+        forward, backward: The recorded programs. `forward` has run.
     """
 
     def __init__(
         self,
         ws: Workspace,
         form: LinearForm,
-        parameters: Mapping[str, Tensor],
-        adapted: frozenset[str],
+        parameters: dict[str, Tensor],
         rates: list[dict[str, float]],
         loss: LossDerivatives,
-        order: int,
-        inputs: Inputs,
-        inputs_differ: bool,
+        sizes: Sizes,
+        buffers: Buffers,
+        found: Gradients,
     ) -> None:
-        self._ws, self._rates, self._loss, self._order, self._in = ws, rates, loss, order, inputs
-        self._evaluate = ACTIVATIONS[form.activation].evaluate
-        tasks, events, queries = len(inputs.labels), inputs.labels.shape[1], inputs.first_q.shape[1]
-        value = parameters.__getitem__
-        head = form.head
-        head_adapts = (bool(rates) and head.weight in adapted, bool(rates) and head.bias in adapted)
-        grams: dict[int, Gram] = {}
+        self._ws, self._loss, self._sizes, self._buffers, self._found = ws, loss, sizes, buffers, found
+        self._activation = ACTIVATIONS[form.activation]
+        self.forward, self.backward = Program(rates), Program(rates)
+        self._form(form, parameters)
+        self._curvature_weights: Tensor | None = None
+        if isinstance(loss.curvature, float):
+            self._curvature_weights = ws("loss.curvature", sizes.tasks, sizes.support)
+            self.forward(torch.mul, buffers.weights, loss.curvature, out=self._curvature_weights)
+        self._steps = [self._step(k) for k in range(sizes.steps)]
+        self.after, self.before = self._query()
 
-        def gram(name: str, x_s: Tensor, x_q: Tensor) -> Gram:
-            # The first layer and the head's skip read the same inputs where the first layer adapts.
-            if id(x_s) not in grams:
-                grams[id(x_s)] = Gram(ws, name, x_s, x_q, inputs_differ)
-            return grams[id(x_s)]
-
+    def _form(self, form: LinearForm, parameters: dict[str, Tensor]) -> None:
+        p, ws, sizes = self.forward, self._ws, self._sizes
+        given = self._buffers.inputs
+        first_s, first_q = given[:2]
+        seen: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)
+        if form.skip or not form.hidden:
+            seen = (given[2], given[3]) if len(given) > 2 else (first_s, first_q)
+        head = self._linear(form.head, parameters)
+        hidden = [self._linear(names, parameters) for names in form.hidden]
+        same = seen[0] is first_s
+        needs_first = bool(hidden and hidden[0].adapts_weight) or (same and head.adapts_weight)
+        self._gram = Gram(p, ws, "gram", first_s, first_q, sizes.inputs_differ) if needs_first else None
+        skip_gram = self._gram if head.adapts_weight and same else None
+        self._skip_gram = None
+        if seen[0] is not None and seen[1] is not None and not same and head.adapts_weight:
+            skip_gram = self._skip_gram = Gram(p, ws, "skip_gram", *seen, sizes.inputs_differ)
         self._first: FirstLayer | None = None
-        self._hidden: list[HiddenLayer] = []
-        if form.hidden:
-            names = form.hidden[0]
-            adapts = bool(rates) and names.weight in adapted
-            self._first = FirstLayer(
-                ws,
-                (names.weight, names.bias),
-                value(names.weight),
-                None if names.bias is None else value(names.bias),
-                inputs.first_s,
-                inputs.first_q,
-                gram("gram", inputs.first_s, inputs.first_q) if adapts else None,
-                bool(rates) and names.bias in adapted,
-            )
-            for number, names in enumerate(form.hidden[1:]):
-                weight = value(names.weight)
-                self._hidden.append(
-                    HiddenLayer(
-                        ws,
-                        number,
-                        (names.weight, names.bias),
-                        weight,
-                        None if names.bias is None else value(names.bias),
-                        (bool(rates) and names.weight in adapted, bool(rates) and names.bias in adapted),
-                        len(rates),
-                        fold_last=queries * sum(weight.shape) >= weight.numel(),
-                    )
-                )
-        width = value(form.hidden[-1].weight).shape[0] if form.hidden else 0
-        seen = (inputs.skip_s, inputs.skip_q) if form.hidden else (inputs.first_s, inputs.first_q)
-        x_s, x_q = seen if form.skip or not form.hidden else (None, None)
-        self._head = Head(
-            ws,
-            (head.weight, head.bias),
-            value(head.weight),
-            None if head.bias is None else value(head.bias),
-            None if form.offset is None else value(form.offset),
-            width,
-            (tasks, events, queries),
-            x_s,
-            x_q,
-            gram("skip", x_s, x_q) if x_s is not None and x_q is not None and head_adapts[0] else None,
-            head_adapts,
-        )
-        self._grams = grams
-        self._gram_inputs = {
-            "first": grams.get(id(inputs.first_s)),
-            "skip": None if inputs.skip_s is None or inputs.skip_s is inputs.first_s else grams.get(id(inputs.skip_s)),
-        }
-        self._width = width
-        self._steps: list[tuple[list[Activated], list[Tensor], list[Tensor], Tensor | float]] = []
+        if hidden:
+            gram = self._gram if hidden[0].adapts_weight else None
+            self._first = FirstLayer(p, ws, hidden[0], first_s, first_q, gram)
+        self._hidden = [
+            HiddenLayer(p, ws, number, layer, sizes.steps, sizes.query) for number, layer in enumerate(hidden[1:])
+        ]
+        offset = None if form.offset is None else parameters[form.offset]
+        width = len(hidden[-1].weight) if hidden else 0
+        self._head = Head(p, ws, head, offset, width, (sizes.tasks, sizes.support, sizes.query), *seen, skip_gram)
 
-    def forward(self) -> tuple[Tensor, Tensor]:
-        """Scores [T, Q] with the shared parameters, and after adaptation."""
-        for k, rates in enumerate(self._rates):
-            self._step(k, rates)
-        last = self._rates[-1] if self._rates else None
+    def _linear(self, names: LinearNames, parameters: dict[str, Tensor]) -> Linear:
+        adapted = self._sizes.adapted if self._sizes.steps else frozenset()
+        bias = None if names.bias is None else parameters[names.bias]
+        return Linear(
+            names.weight, names.bias, parameters[names.weight], bias, names.weight in adapted, names.bias in adapted
+        )
+
+    def _activate(self, name: str, h: Tensor) -> tuple[Tensor, Tensor | None]:
+        """h becomes the activation's value; slope and curvature are returned."""
+        slope = self._ws(f"slope.{name}", *h.shape)
+        bends = not self._activation.straight and self._sizes.order == 2
+        curvature = self._ws(f"curvature.{name}", *h.shape) if bends else None
+        self.forward(self._activation.evaluate, h, slope, curvature)
+        return slope, curvature
+
+    def _step(self, k: int) -> _Step:
+        p, buffers, shape = self.forward, self._buffers, (self._sizes.tasks, self._sizes.support)
+        slopes: list[Tensor] = []
+        curvatures: list[Tensor | None] = []
         z = None
-        self._acts_q: list[Activated] = []
         if self._first is not None:
-            z = self._activate("q0", self._first.query(), self._acts_q)
+            z = self._first.forward(k)
+            for i in range(len(self._hidden) + 1):
+                slope, curvature = self._activate(f"{k}.{i}", z)
+                slopes.append(slope)
+                curvatures.append(curvature)
+                if i < len(self._hidden):
+                    z = self._hidden[i].forward(k, z)
+        s = self._head.forward(k, z)
+        e = self._ws(f"e{k}", *shape)
+        p(self._loss.slope, s, buffers.labels, e)
+        p(e.mul_, buffers.weights)
+        loss_curvature = self._curvature_weights
+        if loss_curvature is None:
+            assert not isinstance(self._loss.curvature, float)
+            loss_curvature = self._ws(f"loss.curvature{k}", *shape)
+            p(self._loss.curvature, s, buffers.labels, loss_curvature)
+            p(loss_curvature.mul_, buffers.weights)
+        gradients: list[Tensor] = []
+        deltas: list[Tensor] = []
+        if self._first is not None:
+            g = self._head.backward(k, e)
+            for i in range(len(slopes) - 1, -1, -1):
+                gradients.insert(0, g)
+                delta = g
+                if curvatures[i] is None:
+                    p(g.mul_, slopes[i])
+                else:
+                    delta = self._ws(f"delta{k}.{i}", *g.shape)
+                    p(torch.mul, g, slopes[i], out=delta)
+                deltas.insert(0, delta)
+                if i:
+                    g = self._hidden[i - 1].backward(k, delta)
+            self._first.update(k, deltas[0])
+            for layer, delta in zip(self._hidden, deltas[1:], strict=True):
+                layer.update(k, delta)
+        self._head.update(k, e)
+        return _Step(slopes, curvatures, gradients, loss_curvature)
+
+    def _query(self) -> tuple[Tensor, Tensor]:
+        z = None
+        self._slopes_q: list[Tensor] = []
+        if self._first is not None:
+            z = self._first.query()
+            self._slopes_q.append(self._activate("q0", z)[0])
             for i, layer in enumerate(self._hidden):
-                z = self._activate(f"q{i + 1}", layer.query(z, last), self._acts_q)
+                z = layer.query(z)
+                self._slopes_q.append(self._activate(f"q{i + 1}", z)[0])
         after = self._head.query(z)
         z = None
         if self._first is not None:
-            z = self._activate("unused", self._first.base_q, [])
+            z = self._first.base_q
+            self._activate("unused", z)
             for layer in self._hidden:
-                z = self._activate("unused", layer.before(z), [])
-        return self._head.before(z), after
+                z = layer.before(z)
+                self._activate("unused", z)
+        return after, self._head.before(z)
 
-    def _activate(self, name: str, h: Tensor, into: list[Activated]) -> Tensor:
-        done = self._evaluate(h, self._ws(f"slope.{name}", *h.shape))
-        into.append(done)
-        return done.value
-
-    def _step(self, k: int, rates: dict[str, float]) -> None:
-        acts: list[Activated] = []
-        gs: list[Tensor] = []
-        z = None
-        if self._first is not None:
-            z = self._activate(f"{k}.0", self._first.forward(k), acts)
-            for i, layer in enumerate(self._hidden):
-                z = self._activate(f"{k}.{i + 1}", layer.forward(k, z), acts)
-        s = self._head.forward(k, z)
-        e = self._loss.slope(s, self._in.labels).mul_(self._in.weights)
-        curvature = self._loss.curvature(s, self._in.labels)
-        deltas: list[Tensor] = []
-        if self._first is not None:
-            g = self._head.backward(k, e, self._width)
-            for i in range(len(acts) - 1, -1, -1):
-                gs.append(g)
-                delta = self._masked(f"delta{k}.{i}", g, acts[i])
-                deltas.append(delta)
-                if i:
-                    g = self._hidden[i - 1].backward(k, delta)
-            gs.reverse()
-            deltas.reverse()
-            self._first.update(k, deltas[0], rates)
-            for layer, delta in zip(self._hidden, deltas[1:], strict=True):
-                layer.update(k, delta, rates)
-        self._head.update(k, e, rates)
-        self._steps.append((acts, gs, deltas, curvature))
-
-    def _masked(self, name: str, g: Tensor, act: Activated) -> Tensor:
-        """g ⊙ slope; in place where g itself isn't needed again."""
-        if act.curvature is None:
-            return g.mul_(act.slope)
-        return torch.mul(g, act.slope, out=self._ws(name, *g.shape))
-
-    def reverse(self, d_s: Tensor, found: Gradients, d_x: tuple[Tensor | None, ...]) -> None:
-        """From the adjoint of the adapted scores [T, Q].
-
-        Args:
-            found: Is added to: derivatives in the shared parameters and the rates.
-            d_x: Adjoints of first_s, first_q, skip_s, skip_q to fill in (None where not wanted or the same tensor).
-        """
-        last = self._rates[-1] if self._rates else None
-        d_z = self._head.reverse_query(d_s)
+    def record_backward(self) -> None:
+        """Run and record the reverse, from `buffers.d_scores`."""
+        p, found, sizes = self.backward, self._found, self._sizes
+        d_z = self._head.reverse_query(p, self._buffers.d_scores)
         if self._first is not None:
             assert d_z is not None
             for i in range(len(self._hidden) - 1, -1, -1):
-                d_z = self._hidden[i].reverse_query(d_z.mul_(self._acts_q[i + 1].slope), last, found)
-            self._first.reverse_query(d_z.mul_(self._acts_q[0].slope))
-        for k in range(len(self._rates) - 1, -1, -1):
-            if self._order == 2:
-                self._reverse_step(k, self._rates[k], found)
+                p(d_z.mul_, self._slopes_q[i + 1])
+                d_z = self._hidden[i].reverse_query(p, d_z, found)
+            p(d_z.mul_, self._slopes_q[0])
+            self._first.reverse_query(p, d_z)
+        for k in range(sizes.steps - 1, -1, -1):
+            if sizes.order == 2:
+                self._reverse_step(k)
                 continue
-            self._head.reverse_rates(k, self._rates[k], found)
+            self._head.reverse_rates(k, found)
             if self._first is not None:
                 self._first.reverse_rates(k, found)
-                for layer in self._hidden:
-                    layer.reverse_rates(k, found)
-        self._finish(found, d_x)
+            for layer in self._hidden:
+                layer.reverse_rates(k, found)
+        self._finish()
 
-    def _reverse_step(self, k: int, rates: dict[str, float], found: Gradients) -> None:
-        acts, gs, _, curvature = self._steps[k]
-        d_h: list[Tensor | None] = []  # what the inner backward gives each layer's h, through the activation's slope
+    def _reverse_step(self, k: int) -> None:
+        p, found, step = self.backward, self._found, self._steps[k]
+        through_slopes: list[Tensor | None] = []  # what the inner backward gives each layer's h
         d_g = None
         if self._first is not None:
-            d_delta = self._first.reverse_update(k, rates, found)
-            for i, act in enumerate(acts):
-                if act.curvature is None:
-                    d_h.append(None)
-                else:
-                    d_h.append((d_delta * gs[i]).mul_(act.curvature))
-                d_g = d_delta.mul_(act.slope)
+            d_delta = self._first.reverse_update(k, found)
+            for i, (slope, curvature) in enumerate(zip(step.slopes, step.curvatures, strict=True)):
+                through = None
+                if curvature is not None:
+                    through = self._ws(f"through{i}", *d_delta.shape)
+                    p(torch.mul, d_delta, step.gradients[i], out=through)
+                    p(through.mul_, curvature)
+                through_slopes.append(through)
+                p(d_delta.mul_, slope)
+                d_g = d_delta
                 if i < len(self._hidden):
-                    d_delta = self._hidden[i].reverse_backward(k, d_g, rates, found)
-        d_e = self._head.reverse_backward(k, d_g, rates, found)
-        d_s = d_e.mul_(self._in.weights).mul_(curvature)
-        d_z = self._head.reverse_forward(k, d_s, rates)
+                    d_delta = self._hidden[i].reverse_backward(k, d_g, found)
+        d_e = self._head.reverse_backward(k, d_g, found)
+        d_s = d_e
+        p(d_s.mul_, step.loss_curvature)
+        d_z = self._head.reverse_forward(k, d_s)
         if self._first is not None:
             assert d_z is not None
-            for i in range(len(acts) - 1, -1, -1):
-                d_z.mul_(acts[i].slope)
-                through_slope = d_h[i]
-                if through_slope is not None:
-                    d_z.add_(through_slope)
+            for i in range(len(step.slopes) - 1, -1, -1):
+                p(d_z.mul_, step.slopes[i])
+                through = through_slopes[i]
+                if through is not None:
+                    p(d_z.add_, through)
                 if i:
-                    d_z = self._hidden[i - 1].reverse_forward(k, d_z, rates, found)
+                    d_z = self._hidden[i - 1].reverse_forward(k, d_z, found)
             self._first.reverse_forward(k, d_z)
 
-    def _finish(self, found: Gradients, d_x: tuple[Tensor | None, ...]) -> None:
-        support = self._order == 2 and bool(self._rates)
-        first_s, first_q, skip_s, skip_q = d_x
-        if self._first is None:
-            skip_s, skip_q = first_s, first_q
-        elif self._in.skip_s is self._in.first_s:
-            skip_s, skip_q = first_s, first_q
-        for into in d_x:
-            if into is not None:
-                into.zero_()
+    def _finish(self) -> None:
+        p, found = self.backward, self._found
+        first_s, first_q, skip_s, skip_q = (*self._buffers.d_inputs, None, None, None, None)[:4]
+        own = skip_q is not None  # the head's inputs are another tensor than the first layer's
         if self._first is not None:
             self._first.finish(found, first_s, first_q)
             for layer in self._hidden:
                 layer.finish(found)
-        self._head.finish(found, skip_s, skip_q)
-        for which, s, q in (("first", first_s, first_q), ("skip", skip_s, skip_q)):
-            gram = self._gram_inputs[which]
+        into = (skip_s, skip_q) if own else (first_s, first_q)
+        self._head.finish(found, *into, fresh=own or self._first is None)
+        second = self._sizes.order == 2 and self._sizes.steps > 0
+        for gram, s, q in ((self._gram, first_s, first_q), (self._skip_gram, skip_s, skip_q)):
             if gram is not None and q is not None:
-                gram.into_inputs(s if support else None, q)
+                gram.into_inputs(p, s if second else None, q)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,71 +17,69 @@ from torch import Tensor
 from metatrain.meta.losses import EventLoss
 
 
-class Activated(NamedTuple):
-    """An activation and its derivatives at one input."""
-
-    value: Tensor
-    slope: Tensor
-    curvature: Tensor | None  # None: zero everywhere
-
-
 @dataclass(frozen=True)
 class Activation:
-    """An elementwise function and how it is evaluated with its derivatives.
+    """An elementwise function, and how it is evaluated with its derivatives.
 
-    `evaluate(h, slope)` may overwrite h and use `slope`, both buffers of one shape, for its results.
+    `evaluate(h, slope, curvature)` puts the function's value in place of h, its first derivative into `slope` and the
+    second into `curvature`, all of one shape. `straight`: the second is zero everywhere, and not written.
     """
 
     function: Callable[[Tensor], Tensor]
-    evaluate: Callable[[Tensor, Tensor], Activated]
-    operations: int  # passes over memory, for the cost model
+    evaluate: Callable[[Tensor, Tensor, Tensor | None], object]
+    straight: bool = False
 
 
-def _relu(h: Tensor, slope: Tensor) -> Activated:
-    value = torch.relu_(h)
+def _relu(h: Tensor, slope: Tensor, curvature: Tensor | None) -> None:
+    torch.relu_(h)
     # sign is the quickest of the ways to make the 0/1 mask here: comparing into floats takes twice, into bools five
     # times as long, and threshold_backward is not vectorised.
-    return Activated(value, torch.sign(value, out=slope), None)
+    torch.sign(h, out=slope)
 
 
-def _tanh(h: Tensor, slope: Tensor) -> Activated:
-    value = torch.tanh_(h)
-    torch.mul(value, value, out=slope).neg_().add_(1)
-    return Activated(value, slope, (value * slope).mul_(-2))
+def _tanh(h: Tensor, slope: Tensor, curvature: Tensor | None) -> None:
+    torch.tanh_(h)
+    torch.mul(h, h, out=slope).neg_().add_(1)
+    if curvature is not None:
+        torch.mul(h, slope, out=curvature).mul_(-2)
 
 
-def _silu(h: Tensor, slope: Tensor) -> Activated:
+def _silu(h: Tensor, slope: Tensor, curvature: Tensor | None) -> None:
     sigmoid = torch.sigmoid(h)
-    value = h * sigmoid
     falling = sigmoid * (1 - sigmoid)
-    torch.mul(h, falling, out=slope).add_(sigmoid)
-    return Activated(value, slope, falling * (2 + h * (1 - 2 * sigmoid)))
+    torch.addcmul(sigmoid, h, falling, out=slope)
+    if curvature is not None:
+        torch.mul(falling, h * (1 - 2 * sigmoid) + 2, out=curvature)
+    h.mul_(sigmoid)
 
 
-def _gelu(h: Tensor, slope: Tensor) -> Activated:
+def _gelu(h: Tensor, slope: Tensor, curvature: Tensor | None) -> None:
     cumulative = torch.special.ndtr(h)
-    density = torch.exp(h.square().mul_(-0.5)).mul_(1 / math.sqrt(2 * math.pi))
-    torch.mul(h, density, out=slope).add_(cumulative)
-    return Activated(h * cumulative, slope, density * (2 - h.square()))
+    square = h.square()
+    density = torch.exp(square * -0.5).mul_(1 / math.sqrt(2 * math.pi))
+    torch.addcmul(cumulative, h, density, out=slope)
+    if curvature is not None:
+        torch.mul(density, square.neg_().add_(2), out=curvature)
+    h.mul_(cumulative)
 
 
 ACTIVATIONS = {
-    "relu": Activation(F.relu, _relu, 2),
-    "tanh": Activation(torch.tanh, _tanh, 5),
-    "silu": Activation(F.silu, _silu, 10),
-    "gelu": Activation(F.gelu, _gelu, 10),
+    "relu": Activation(F.relu, _relu, straight=True),
+    "tanh": Activation(torch.tanh, _tanh),
+    "silu": Activation(F.silu, _silu),
+    "gelu": Activation(F.gelu, _gelu),
 }
 
 
 @dataclass(frozen=True)
 class LossDerivatives:
-    """Derivatives of an event loss in the score, elementwise.
+    """Derivatives of an event loss in the score, elementwise, into `out`.
 
-    `slope(scores, labels)`: the first. `curvature(scores, labels)`: the second, or a number where it is constant.
+    `slope(scores, labels, out)`: the first. `curvature`: the second, or a number where it is the same everywhere.
     """
 
-    slope: Callable[[Tensor, Tensor], Tensor]
-    curvature: Callable[[Tensor, Tensor], Tensor | float]
+    slope: Callable[[Tensor, Tensor, Tensor], object]
+    curvature: Callable[[Tensor, Tensor, Tensor], object] | float
 
 
 def loss_derivatives(loss: str | EventLoss, huber_delta: float = 1.0) -> LossDerivatives:
@@ -94,36 +91,39 @@ def loss_derivatives(loss: str | EventLoss, huber_delta: float = 1.0) -> LossDer
     if not isinstance(loss, str):
         return _by_autograd(loss)
     if loss == "squared":
-        return LossDerivatives(lambda s, y: (s - y).mul_(2), lambda s, y: 2.0)
+        return LossDerivatives(lambda s, y, out: torch.sub(s, y, out=out).mul_(2), 2.0)
     if loss == "absolute":
-        return LossDerivatives(lambda s, y: (s - y).sign_(), lambda s, y: 0.0)
+        return LossDerivatives(lambda s, y, out: torch.sub(s, y, out=out).sign_(), 0.0)
     if loss == "huber":
         return LossDerivatives(
-            lambda s, y: (s - y).clamp_(-huber_delta, huber_delta), lambda s, y: ((s - y).abs_() < huber_delta).to(s.dtype)
+            lambda s, y, out: torch.sub(s, y, out=out).clamp_(-huber_delta, huber_delta),
+            lambda s, y, out: out.copy_((s - y).abs_() < huber_delta),
         )
     if loss == "binary_cross_entropy":
 
-        def curvature(s: Tensor, y: Tensor) -> Tensor:
+        def curvature(s: Tensor, y: Tensor, out: Tensor) -> None:
             p = torch.sigmoid(s)
-            return p * (1 - p)
+            torch.mul(p, 1 - p, out=out)
 
-        return LossDerivatives(lambda s, y: torch.sigmoid(s).sub_(y), curvature)
+        return LossDerivatives(lambda s, y, out: torch.sigmoid(s, out=out).sub_(y), curvature)
     raise ValueError(f"unknown loss {loss!r}: squared, absolute, huber or binary_cross_entropy")
 
 
 def _by_autograd(loss: EventLoss) -> LossDerivatives:
-    def slope(s: Tensor, y: Tensor) -> Tensor:
+    def slope(s: Tensor, y: Tensor, out: Tensor) -> None:
         with torch.enable_grad():
             at = s.detach().requires_grad_()
-            return torch.autograd.grad(loss(at, y).sum(), at)[0]
+            (first,) = torch.autograd.grad(loss(at, y).sum(), at)
+        out.copy_(first)
 
-    def curvature(s: Tensor, y: Tensor) -> Tensor:
+    def curvature(s: Tensor, y: Tensor, out: Tensor) -> None:
+        out.zero_()
         with torch.enable_grad():
             at = s.detach().requires_grad_()
             (first,) = torch.autograd.grad(loss(at, y).sum(), at, create_graph=True)
-            if not first.requires_grad:
-                return torch.zeros_like(s)
-            (second,) = torch.autograd.grad(first.sum(), at, allow_unused=True)
-            return torch.zeros_like(s) if second is None else second
+            if first.requires_grad:
+                (second,) = torch.autograd.grad(first.sum(), at, allow_unused=True)
+                if second is not None:
+                    out.copy_(second)
 
     return LossDerivatives(slope, curvature)

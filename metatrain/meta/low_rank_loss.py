@@ -7,7 +7,8 @@ while it is still in cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections import OrderedDict
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,91 +17,190 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from metatrain.meta.losses import EventLoss, mean_over_events
-from metatrain.meta.low_rank_chunk import Chunk, Inputs
+from metatrain.meta.low_rank_chunk import Buffers, Chunk, Sizes
 from metatrain.meta.low_rank_elementwise import LossDerivatives
 from metatrain.meta.low_rank_form import LinearForm
-from metatrain.meta.low_rank_layers import Gradients, Workspace
+from metatrain.meta.low_rank_layers import Gradients
+from metatrain.meta.low_rank_program import Workspace
+
+#: Recorded chunks kept: batches come in few shapes where they are bucketed, and each holds some thousand small views.
+PROGRAMS = 64
 
 
 @dataclass(frozen=True)
 class Problem:
     """What the tensors of one call mean.
 
-    `inputs` of the tensors given to `AdaptedLoss` are first_s, first_q and, where they are others, skip_s and skip_q;
-    after them come the rates [K, N] and the parameters, named by `names`.
+    The inputs given to `AdaptedLoss` are first_s, first_q and, where the head reads others, skip_s and skip_q; after
+    them come the rates [K, N] and the parameters, named by `names`.
     """
 
     form: LinearForm
     names: tuple[str, ...]
     rate_names: tuple[str, ...]
     adapted: frozenset[str]
-    loss: EventLoss
-    inner: LossDerivatives
+    loss: EventLoss  # of a query event
+    outer: LossDerivatives  # of the same
+    inner: LossDerivatives  # of a support event
     order: int
     inputs: int
     chunk: int
-    workspace: Callable[[Tensor], Workspace]
+    differentiate: bool  # the gradient mode of the caller
+
+
+class Recordings(threading.local):
+    """Workspaces and recorded chunks, a thread its own. Not state: copies and pickles start without."""
+
+    def __init__(self) -> None:
+        self._workspaces: dict[tuple[torch.dtype, torch.device], Workspace] = {}
+        self._chunks: OrderedDict[object, tuple[int, Buffers, Gradients, Chunk]] = OrderedDict()
+
+    def workspace(self, like: Tensor) -> Workspace:
+        """The workspace for tensors of that type and place."""
+        key = (like.dtype, like.device)
+        if key not in self._workspaces:
+            self._workspaces[key] = Workspace(like)
+        return self._workspaces[key]
+
+    def get(self, key: object, generation: int) -> tuple[Buffers, Gradients, Chunk] | None:
+        """The chunk recorded for it, if its buffers are still those of the workspace."""
+        held = self._chunks.get(key)
+        if held is None or held[0] != generation:
+            return None
+        self._chunks.move_to_end(key)
+        return held[1:]
+
+    def put(self, key: object, generation: int, buffers: Buffers, found: Gradients, chunk: Chunk) -> None:
+        """Keep it; forget what is stale, and the least recently used."""
+        for other in [k for k, held in self._chunks.items() if held[0] != generation]:
+            del self._chunks[other]
+        self._chunks[key] = (generation, buffers, found, chunk)
+        while len(self._chunks) > PROGRAMS:
+            self._chunks.popitem(last=False)
+
+    def __deepcopy__(self, memo: object) -> Recordings:
+        return Recordings()
+
+    def __reduce__(self) -> tuple[type[Recordings], tuple[()]]:
+        return Recordings, ()
 
 
 class AdaptedLoss(torch.autograd.Function):
     """(labels_s, weights_s, labels_q, mask_q, inputs…, rates, parameters…) → total, after [T], before [T]."""
 
     @staticmethod
-    def forward(ctx: Any, problem: Problem, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, problem: Problem, recordings: Recordings, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         labels_s, weights_s, labels_q, mask_q = tensors[:4]
         inputs, (rates, *values) = tensors[4 : 4 + problem.inputs], tensors[4 + problem.inputs :]
-        parameters = dict(zip(problem.names, values, strict=True))
-        needs = ctx.needs_input_grad[5:]
-        needs_x = needs[: problem.inputs]
-        d_inputs = [torch.empty_like(x) if any(needs_x) else None for x in inputs]
-        found = Gradients(parameters, rates, list(problem.rate_names), bool(needs[problem.inputs]))
+        needs = [need and problem.differentiate for need in ctx.needs_input_grad[6:]]
+        needs_x = any(needs[: problem.inputs])
         # One transfer for all rates: as Python numbers they go into the products for free.
         steps = [dict(zip(problem.rate_names, row, strict=True)) for row in rates.tolist()]
-        ws = problem.workspace(inputs[0])
-        before, after = torch.empty_like(labels_q[:, 0]), torch.empty_like(labels_q[:, 0])
-        for start in range(0, len(labels_s), problem.chunk):
-            part = slice(start, start + problem.chunk)
-            given = [x[part] for x in inputs]
-            skip = given[2:] if problem.inputs > 2 else given if problem.form.skip else [None, None]
-            chunk = Chunk(
-                ws,
-                problem.form,
-                parameters,
-                problem.adapted,
-                steps,
-                problem.inner,
-                problem.order,
-                Inputs(given[0], given[1], skip[0], skip[1], labels_s[part], weights_s[part]),
-                any(needs_x),
-            )
-            scores_before, scores = chunk.forward()
-            before[part] = mean_over_events(problem.loss(scores_before, labels_q[part]), mask_q[part])
-            with torch.set_grad_enabled(any(needs)):
-                scores = scores.detach().requires_grad_(any(needs))
-                losses = mean_over_events(problem.loss(scores, labels_q[part]), mask_q[part])
-            after[part] = losses.detach()
-            if not any(needs):
+        tasks = len(labels_s)
+        # Chunks of one size, the last filled up with tasks of no weight: one recording serves them all.
+        size = -(-tasks // -(-tasks // problem.chunk)) if tasks else 1
+        sizes = Sizes(
+            size,
+            labels_s.shape[1],
+            labels_q.shape[1],
+            inputs[0].shape[2],
+            inputs[2].shape[2] if problem.inputs > 2 else 0,
+            problem.adapted,
+            problem.order,
+            len(steps),
+            needs_x,
+            needs[problem.inputs],
+            any(needs),
+        )
+        ws = recordings.workspace(inputs[0])
+        key = (problem.form, problem.names, sizes, ws)
+        recorded = recordings.get(key, ws.generation)
+        buffers, found = recorded[:2] if recorded else _buffers(ws, problem, sizes, values, rates)
+        chunk = recorded[2] if recorded else None
+        if chunk is not None:
+            chunk.forward.fill_in(steps)
+            chunk.backward.fill_in(steps)
+        parameters = {name: ws(f"parameter.{name}", *v.shape) for name, v in zip(problem.names, values, strict=True)}
+        for buffer, value in zip(parameters.values(), values, strict=True):
+            buffer.copy_(value)
+        for gradient in (*found.of.values(), found.rates):
+            gradient.zero_()
+        d_inputs = [torch.empty_like(x) for x in inputs] if needs_x else []
+        scores_before, scores = torch.empty_like(labels_q), torch.empty_like(labels_q)
+        for start in range(0, tasks, size):
+            part = slice(start, start + size)
+            for buffer, x in zip(
+                (*buffers.inputs, buffers.labels, buffers.weights), (*inputs, labels_s, weights_s), strict=True
+            ):
+                _copy(buffer, x[part])
+            if chunk is None:
+                chunk = Chunk(ws, problem.form, parameters, steps, problem.inner, sizes, buffers, found)
+            else:
+                chunk.forward.replay()
+            count = len(labels_q[part])
+            scores_before[part], scores[part] = chunk.before[:count], chunk.after[:count]
+            if not sizes.reverses:
                 continue
-            (d_s,) = torch.autograd.grad(losses, scores, torch.ones_like(losses))
-            wanted = [None if d is None else d[part] for d in d_inputs]
-            chunk.reverse(d_s, found, tuple((*wanted, None, None)[:4]))
-        ctx.found = (d_inputs, found)
+            d_s = torch.empty_like(labels_q[part])
+            problem.outer.slope(scores[part], labels_q[part], d_s)
+            mask = mask_q[part]
+            _copy(buffers.d_scores, d_s.mul_(mask).div_(mask.sum(-1, keepdim=True).clamp_(min=1.0)))
+            if chunk.backward.empty:
+                chunk.record_backward()
+            else:
+                chunk.backward.replay()
+            for whole, d_x in zip(d_inputs, buffers.d_inputs, strict=True):
+                whole[part] = d_x[:count]
+        if chunk is not None and recorded is None:
+            recordings.put(key, ws.generation, buffers, found, chunk)
+        after = mean_over_events(problem.loss(scores, labels_q), mask_q)
+        before = mean_over_events(problem.loss(scores_before, labels_q), mask_q)
+        if sizes.reverses:
+            ours = [found.rates, *found.of.values()]
+            ctx.found = [*d_inputs, *(g.clone() for g in ours)] if needs_x else [None] * problem.inputs + [
+                g.clone() for g in ours
+            ]
         ctx.mark_non_differentiable(after, before)
         return after.sum(), after, before
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, by_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        d_inputs, found = ctx.found
-        ctx.found = None
-        gradients = [*d_inputs, found.rates, *found.of.values()]
-        for gradient, need in zip(gradients, ctx.needs_input_grad[5:], strict=True):
-            if need:
-                gradient.mul_(by_total)
-        needed = [g if need else None for g, need in zip(gradients, ctx.needs_input_grad[5:], strict=True)]
-        return None, None, None, None, None, *needed
+        found, ctx.found = ctx.found, None
+        needs = ctx.needs_input_grad[6:]
+        scaled = [g.mul_(by_total) if need else None for g, need in zip(found, needs, strict=True)]
+        return None, None, None, None, None, None, *scaled
 
 
 def without_prefix(form: LinearForm, layers: int) -> LinearForm:
     """The form above its first `layers` hidden layers."""
     return replace(form, hidden=form.hidden[layers:])
+
+
+def _buffers(
+    ws: Workspace, problem: Problem, sizes: Sizes, values: list[Tensor], rates: Tensor
+) -> tuple[Buffers, Gradients]:
+    tasks, support, query = sizes.tasks, sizes.support, sizes.query
+    shapes = [(tasks, support, sizes.first), (tasks, query, sizes.first)]
+    if sizes.skip:
+        shapes += [(tasks, support, sizes.skip), (tasks, query, sizes.skip)]
+    buffers = Buffers(
+        [ws(f"in.{i}", *shape) for i, shape in enumerate(shapes)],
+        [ws(f"d_in.{i}", *shape) for i, shape in enumerate(shapes)] if sizes.inputs_differ else [],
+        ws("in.labels", tasks, support),
+        ws("in.weights", tasks, support),
+        ws("in.d_scores", tasks, query),
+    )
+    of = {name: ws(f"d_parameter.{name}", *v.shape) for name, v in zip(problem.names, values, strict=True)}
+    return buffers, Gradients(of, ws("d_rates", *rates.shape), problem.rate_names, sizes.rates_differ)
+
+
+def _copy(buffer: Tensor, x: Tensor) -> None:
+    count = len(x)
+    if count == len(buffer):
+        buffer.copy_(x)
+    else:
+        buffer[:count] = x
+        buffer[count:] = 0

@@ -1,0 +1,128 @@
+"""What an inner loop costs, counted from shapes: operations, bytes and calls, for vmap and for the low-rank form.
+
+Promises: a pure function of the shapes, so that every rank and every run chooses alike. The counts are exact for
+products and fair for the rest; the rates that turn them into a time are those of one CPU core, and only their ratios
+matter to the choice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+#: One core: products of one large matrix, batched small products, memory traffic in cache and in fresh memory, a call.
+SHARED_FLOPS, BATCHED_FLOPS, CACHE_BYTES, FRESH_BYTES, CALL_SECONDS = 6e10, 4.5e10, 2e10, 3e9, 8e-6
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """One call's shapes.
+
+    Args:
+        tasks, support, query: T, S, Q, padded.
+        inputs: Width of what the lowest layer that adapts reads.
+        hidden: Output widths of the hidden layers from that one on.
+        skip: Width of what the head sees of the inputs, 0 without.
+        steps, order: Inner steps; 1 or 2.
+        differentiable_inputs: Whether the inputs' gradient is wanted.
+        itemsize: Bytes of a number.
+    """
+
+    tasks: int
+    support: int
+    query: int
+    inputs: int
+    hidden: tuple[int, ...]
+    skip: int
+    steps: int
+    order: int
+    differentiable_inputs: bool
+    itemsize: int = 4
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A task's share of one meta-gradient."""
+
+    shared: float  # operations in products with weights that all tasks share
+    batched: float  # operations in products a task
+    traffic: float  # bytes of elementwise work
+    fresh: float  # bytes of memory not used before
+    calls: float  # of the framework, a chunk
+
+    def seconds(self, tasks: int) -> float:
+        """A task's time on one core, in chunks of that many tasks."""
+        products = self.shared / SHARED_FLOPS + self.batched / BATCHED_FLOPS
+        return products + self.traffic / CACHE_BYTES + self.fresh / FRESH_BYTES + self.calls * CALL_SECONDS / max(tasks, 1)
+
+
+def low_rank_cost(s: Shapes) -> Cost:
+    """Of `LowRankEngine.query_loss`."""
+    events, back = s.support + s.query, 2 if s.order == 2 else 1
+    shared = batched = passes = 0.0
+    if s.hidden:
+        first = s.hidden[0]
+        # Forward over support and query; the weights' gradient, in first order from the query alone.
+        shared += 2 * s.inputs * first * (events + (events if s.order == 2 else s.query))
+        if s.differentiable_inputs:
+            shared += 2 * s.inputs * first * events
+            batched += 2 * s.inputs * s.support * (2 * s.support + 2 * s.query)
+        batched += 2 * s.inputs * s.support * events  # the Gram matrices
+        kernel = 2 * s.support * first
+        batched += kernel * (s.support * max(s.steps - 1, 0) * back + s.query * 2)
+    for below, width in zip(s.hidden, s.hidden[1:], strict=False):
+        unit = 2 * below * width * s.support
+        ahead = s.query / s.support if s.support else 0.0
+        middle = max(s.steps - 1, 0)
+        shared += unit * (2 + (4 if s.order == 2 else 0))
+        batched += middle * unit * 3 + unit * ahead * 2
+        if s.order == 2:
+            batched += middle * unit * 6
+        batched += 2 * s.query * s.support * (below + width) * (1 + back)
+    for width in s.hidden:
+        passes += s.support * width * s.steps * (10 + (12 if s.order == 2 else 0)) + 6 * s.query * width
+    if s.skip or not s.hidden:
+        wide = s.skip or s.inputs
+        shared += 2 * wide * events * 2
+        if not s.hidden:
+            batched += 2 * wide * s.support * events
+        batched += 4 * s.support * s.support * s.steps
+    calls = 60 + s.steps * (25 + 30 * len(s.hidden)) * (1 if s.order == 2 else 0.6)
+    return Cost(shared, batched, passes * s.itemsize * 2.5, events * s.inputs * s.itemsize, calls)
+
+
+def vmap_cost(s: Shapes) -> Cost:
+    """Of adapting and predicting by `VmapEngine`, and autograd's backward."""
+    widths = [s.inputs, *s.hidden]
+    layers = [*zip(widths, widths[1:], strict=False), (widths[-1] + s.skip, 1)]
+    weights = sum(i * o for i, o in layers)
+    forward = 2 * weights * s.support
+    # Each step: forward, gradient of weights and of inputs but the first; twice that again in the reverse.
+    lower = 2 * layers[0][0] * layers[0][1] * s.support
+    step = 3 * forward - lower
+    batched = s.steps * step * (3 if s.order == 2 else 1) + 2 * weights * s.query * 3
+    # Weights, their gradients and their adjoints a task a step, each a fresh tensor.
+    fresh = s.steps * weights * s.itemsize * (7 if s.order == 2 else 3) + 3 * weights * s.itemsize
+    passes = sum(s.hidden) * (s.support * s.steps * (30 if s.order == 2 else 12) + 10 * s.query)
+    calls = 100 + s.steps * len(layers) * (60 if s.order == 2 else 25)
+    return Cost(0.0, batched, passes * s.itemsize * 2.5, fresh, calls)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which engine, and why in one line."""
+
+    engine: str  # "low_rank" or "vmap"
+    reason: str
+
+
+def choose(s: Shapes) -> Choice:
+    """The cheaper engine for these shapes."""
+    chunk = min(s.tasks, 64)
+    low, full = low_rank_cost(s).seconds(chunk), vmap_cost(s).seconds(chunk)
+    engine = "low_rank" if low <= full else "vmap"
+    return Choice(
+        engine,
+        f"{engine}: counted {low * 1e6:.0f} µs a task for low_rank and {full * 1e6:.0f} for vmap, at {s.tasks} tasks of "
+        f"{s.support} support and {s.query} query events, input width {s.inputs}, hidden {list(s.hidden)}, {s.steps} "
+        f"steps, order {s.order}",
+    )
