@@ -27,8 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from peers.inner_loops import PEERS, Peer
@@ -144,7 +144,11 @@ def make_case(width: int, steps: int, support: int, tasks: int, peers: dict[str,
 def _ceilings(width: int, support: int) -> dict[str, tuple[Callable[[], object], float]]:
     """The two kinds of product alone, at this case's shapes: what to run, and its operations."""
     h, tasks = HIDDEN[0], 64
-    x, w, out = torch.randn(tasks * (support + QUERY), width), torch.randn(width, h), torch.empty(tasks * (support + QUERY), h)
+    x, w, out = (
+        torch.randn(tasks * (support + QUERY), width),
+        torch.randn(width, h),
+        torch.empty(tasks * (support + QUERY), h),
+    )
     a, b, c = torch.randn(tasks, support, h), torch.randn(tasks, h, h), torch.empty(tasks, support, h)
     return {
         "shared": (lambda: torch.mm(x, w, out=out), 2.0 * x.numel() * h),
@@ -231,7 +235,9 @@ def main() -> None:
         except ImportError as error:
             print(f"absent: {peer.name} ({error})")
     rows: list[dict[str, object]] = []
-    print(f"{'width':>5} {'steps':>5} {'support':>7}  {'engine':<18} {'tasks/s':>9} {'low_rank is':>11} {'error':>8} {'ceiling':>7}")
+    print(
+        f"{'width':>5} {'steps':>5} {'support':>7}  {'engine':<18} {'tasks/s':>9} {'low_rank is':>11} {'error':>8} {'ceiling':>7}"
+    )
     for width, steps, support in itertools.product(options.widths, options.steps, options.supports):
         found = measure(make_case(width, steps, support, options.tasks, peers), options.rounds, options.threads)
         rows += found

@@ -51,7 +51,7 @@ from metatrain.meta.low_rank_loss import AdaptedLoss, Problem, Recordings, witho
 __all__ = ["AdaptedLosses", "CannotServe", "LowRankEngine"]
 
 #: A chunk's working set: within the last-level cache's share of a process.
-CHUNK_BYTES = 8 << 20
+CHUNK_BYTES = 16 << 20
 
 
 class AdaptedLosses(NamedTuple):
@@ -70,7 +70,7 @@ class LowRankEngine:
         loss: Loss of a support event: a name of `losses.event_loss`, or any elementwise function.
         order: 2, or 1 for first-order MAML.
         huber_delta: For the loss of that name.
-        chunk: Tasks reversed at a time; 0: as many as `CHUNK_BYTES` holds.
+        chunk: Most tasks taken at a time; 0: as many as `CHUNK_BYTES` holds.
 
     Raises:
         CannotServe: The learner has no linear form.
@@ -80,6 +80,8 @@ class LowRankEngine:
         self, learner: nn.Module, loss: str | EventLoss, order: int = 2, huber_delta: float = 1.0, chunk: int = 0
     ) -> None:
         self.form = describe(learner)
+        #: Outputs of the hidden layers.
+        self.widths = tuple(learner.get_parameter(names.weight).shape[0] for names in self.form.hidden)
         self._order, self._chunk, self._huber_delta = order, chunk, huber_delta
         self._loss = event_loss(loss, huber_delta) if isinstance(loss, str) else loss
         self._derivatives = loss_derivatives(loss, huber_delta)
@@ -87,7 +89,12 @@ class LowRankEngine:
         self._recordings = Recordings()
 
     def adapt(
-        self, parameters: Tensors, adapted: tuple[str, ...], rates: list[dict[str, Tensor]], support: Examples, rows: Tensors
+        self,
+        parameters: Tensors,
+        adapted: tuple[str, ...],
+        rates: list[dict[str, Tensor]],
+        support: Examples,
+        rows: Tensors,
     ) -> FastWeights:
         """See `Engine.adapt`.
 
@@ -127,7 +134,7 @@ class LowRankEngine:
         if episodes.rows:
             raise CannotServe("embedding rows adapt")
         support, query, form = episodes.support, episodes.query, self.form
-        lowest = next((i for i, n in enumerate(form.hidden) if {n.weight, n.bias} & set(adapted)), len(form.hidden))
+        lowest = self.lowest(adapted)
         # Layers below the lowest that adapts are the same in every step: plain autograd takes them once.
         inputs = [form.prefix(parameters, x, lowest) for x in (support.x, query.x)]
         if form.skip and lowest == len(form.hidden):
@@ -149,7 +156,7 @@ class LowRankEngine:
             self._derivatives,
             self._order,
             len(inputs),
-            self._chunk or self._chunk_for(support, query, len(rates)),
+            self._chunk_for(support, query, len(rates)),
             torch.is_grad_enabled(),
         )
         weights = support.mask / support.mask.sum(-1, keepdim=True).clamp(min=1.0)
@@ -166,13 +173,17 @@ class LowRankEngine:
         )
         return AdaptedLosses(*result)
 
+    def lowest(self, adapted: tuple[str, ...]) -> int:
+        """Which hidden layer is the lowest that adapts; the number of hidden layers where none does."""
+        hidden = self.form.hidden
+        return next((i for i, n in enumerate(hidden) if {n.weight, n.bias} & set(adapted)), len(hidden))
+
     def _chunk_for(self, support: Examples, query: Examples, steps: int) -> int:
         events, queries = support.labels.shape[1], query.labels.shape[1]
-        a_task = (events + queries) * support.x.shape[2] + steps * self._kept(events)
-        fit = CHUNK_BYTES // (a_task * support.x.element_size())
+        # What a step keeps of a task: outputs, slopes and gradients of each layer, and the weights above the first.
+        kept = sum(5 * events * width for width in self.widths)
+        kept += sum(below * above for below, above in zip(self.widths, self.widths[1:], strict=False))
+        a_task = (events + queries) * support.x.shape[2] + steps * kept
         # Below a few tasks the calls' own time would outweigh what the cache saves.
-        return max(16, min(256, fit))
-
-    def _kept(self, events: int) -> int:
-        widths = [self._vmap._learner.get_parameter(n.weight).shape for n in self.form.hidden]
-        return sum(5 * events * shape[0] for shape in widths) + sum(shape.numel() for shape in widths[1:])
+        fit = max(16, min(256, CHUNK_BYTES // (a_task * support.x.element_size())))
+        return min(fit, self._chunk) if self._chunk else fit

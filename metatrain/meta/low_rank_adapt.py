@@ -6,9 +6,11 @@ the hand-written reverse of `low_rank_chunk` is tested. Symbols: T tasks, S supp
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional as F
 
 from metatrain.meta.engine import Tensors
 from metatrain.meta.episode import Examples
@@ -60,7 +62,9 @@ class _Layer:
         found = {}
         if self._adapts[0]:
             scaled = [d * r[self.names.weight] for d, r in zip(self._deltas, self._steps, strict=True)]
-            found[self.names.weight] = parameters[self.names.weight] - torch.cat(scaled, 1).mT @ torch.cat(self._inputs, 1)
+            found[self.names.weight] = parameters[self.names.weight] - torch.cat(scaled, 1).mT @ torch.cat(
+                self._inputs, 1
+            )
         name = self.names.bias
         if self._adapts[1] and name is not None:
             sums = [d.sum(1) * r[name] for d, r in zip(self._deltas, self._steps, strict=True)]
@@ -111,9 +115,8 @@ def adapt(
     return {name: found[name] for name in adapted}
 
 
-def _pull(function: object, at: Tensor, by: Tensor) -> Tensor:
+def _pull(function: Callable[[Tensor], Tensor], at: Tensor, by: Tensor) -> Tensor:
     """The elementwise function's derivative at `at`, times `by`; differentiable where they are."""
-    assert callable(function)
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
         point = at if at.requires_grad and differentiable else at.detach().requires_grad_()

@@ -90,7 +90,7 @@ class Chunk:
         self.forward, self.backward = Program(rates), Program(rates)
         self._form(form, parameters)
         self._curvature_weights: Tensor | None = None
-        if isinstance(loss.curvature, float):
+        if not callable(loss.curvature):
             self._curvature_weights = ws("loss.curvature", sizes.tasks, sizes.support)
             self.forward(torch.mul, buffers.weights, loss.curvature, out=self._curvature_weights)
         self._steps = [self._step(k) for k in range(sizes.steps)]
@@ -157,9 +157,10 @@ class Chunk:
         p(e.mul_, buffers.weights)
         loss_curvature = self._curvature_weights
         if loss_curvature is None:
-            assert not isinstance(self._loss.curvature, float)
+            curvature_of = self._loss.curvature
+            assert callable(curvature_of)
             loss_curvature = self._ws(f"loss.curvature{k}", *shape)
-            p(self._loss.curvature, s, buffers.labels, loss_curvature)
+            p(curvature_of, s, buffers.labels, loss_curvature)
             p(loss_curvature.mul_, buffers.weights)
         gradients: list[Tensor] = []
         deltas: list[Tensor] = []

@@ -8,6 +8,7 @@ matter to the choice.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 #: One core: products of one large matrix, batched small products, memory traffic in cache and in fresh memory, a call.
 SHARED_FLOPS, BATCHED_FLOPS, CACHE_BYTES, FRESH_BYTES, CALL_SECONDS = 6e10, 4.5e10, 2e10, 3e9, 8e-6
@@ -52,7 +53,9 @@ class Cost:
     def seconds(self, tasks: int) -> float:
         """A task's time on one core, in chunks of that many tasks."""
         products = self.shared / SHARED_FLOPS + self.batched / BATCHED_FLOPS
-        return products + self.traffic / CACHE_BYTES + self.fresh / FRESH_BYTES + self.calls * CALL_SECONDS / max(tasks, 1)
+        return (
+            products + self.traffic / CACHE_BYTES + self.fresh / FRESH_BYTES + self.calls * CALL_SECONDS / max(tasks, 1)
+        )
 
 
 def low_rank_cost(s: Shapes) -> Cost:
@@ -69,7 +72,7 @@ def low_rank_cost(s: Shapes) -> Cost:
         batched += 2 * s.inputs * s.support * events  # the Gram matrices
         kernel = 2 * s.support * first
         batched += kernel * (s.support * max(s.steps - 1, 0) * back + s.query * 2)
-    for below, width in zip(s.hidden, s.hidden[1:], strict=False):
+    for below, width in pairwise(s.hidden):
         unit = 2 * below * width * s.support
         ahead = s.query / s.support if s.support else 0.0
         middle = max(s.steps - 1, 0)
@@ -93,7 +96,7 @@ def low_rank_cost(s: Shapes) -> Cost:
 def vmap_cost(s: Shapes) -> Cost:
     """Of adapting and predicting by `VmapEngine`, and autograd's backward."""
     widths = [s.inputs, *s.hidden]
-    layers = [*zip(widths, widths[1:], strict=False), (widths[-1] + s.skip, 1)]
+    layers = [*pairwise(widths), (widths[-1] + s.skip, 1)]
     weights = sum(i * o for i, o in layers)
     forward = 2 * weights * s.support
     # Each step: forward, gradient of weights and of inputs but the first; twice that again in the reverse.
@@ -122,7 +125,7 @@ def choose(s: Shapes) -> Choice:
     engine = "low_rank" if low <= full else "vmap"
     return Choice(
         engine,
-        f"{engine}: counted {low * 1e6:.0f} µs a task for low_rank and {full * 1e6:.0f} for vmap, at {s.tasks} tasks of "
-        f"{s.support} support and {s.query} query events, input width {s.inputs}, hidden {list(s.hidden)}, {s.steps} "
+        f"{engine}: counted {low * 1e6:.0f} µs a task for low_rank and {full * 1e6:.0f} for vmap, at {s.tasks} tasks "
+        f"of {s.support} support and {s.query} query events, input width {s.inputs}, hidden {list(s.hidden)}, {s.steps} "
         f"steps, order {s.order}",
     )

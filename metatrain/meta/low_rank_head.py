@@ -65,7 +65,9 @@ class Head:
         self._p(torch.mul, a, b, out=terms)
         self._p(torch.sum, terms, -1, out=out)
 
-    def _scores(self, z: Tensor | None, v: Tensor, c: Tensor | None, base: Tensor | None, name: str, events: int) -> Tensor:
+    def _scores(
+        self, z: Tensor | None, v: Tensor, c: Tensor | None, base: Tensor | None, name: str, events: int
+    ) -> Tensor:
         s = self._ws(f"head.{name}", self._tasks, events)
         if z is not None:
             self._dots(z, v, s)

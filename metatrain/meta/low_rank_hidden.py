@@ -1,4 +1,4 @@
-"""A hidden layer: its inputs change between steps, so it gets a weight a task. Same conventions as `low_rank_layers`."""
+"""A hidden layer: its inputs change between steps, so it gets a weight a task. Conventions as in `low_rank_layers`."""
 
 from __future__ import annotations
 

@@ -159,18 +159,20 @@ class AdaptedLoss(torch.autograd.Function):
         before = mean_over_events(problem.loss(scores_before, labels_q), mask_q)
         if sizes.reverses:
             ours = [found.rates, *found.of.values()]
-            ctx.found = [*d_inputs, *(g.clone() for g in ours)] if needs_x else [None] * problem.inputs + [
-                g.clone() for g in ours
-            ]
+            ctx.found = (
+                [*d_inputs, *(g.clone() for g in ours)]
+                if needs_x
+                else [None] * problem.inputs + [g.clone() for g in ours]
+            )
         ctx.mark_non_differentiable(after, before)
         return after.sum(), after, before
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, by_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        found, ctx.found = ctx.found, None
+        # Not in place: a graph may be retained and go backward again.
         needs = ctx.needs_input_grad[6:]
-        scaled = [g.mul_(by_total) if need else None for g, need in zip(found, needs, strict=True)]
+        scaled = [g * by_total if need else None for g, need in zip(ctx.found, needs, strict=True)]
         return None, None, None, None, None, None, *scaled
 
 

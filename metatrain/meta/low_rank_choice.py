@@ -1,0 +1,157 @@
+"""The engine that picks an engine: low-rank where it serves and is counted cheaper, vmap elsewhere.
+
+Promises: the choice depends on shapes and settings alone, so every rank and every run of one configuration chooses
+alike; each new choice is logged with its reason.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from metatrain.meta.engine import FastWeights, Tensors, VmapEngine
+from metatrain.meta.episode import Episodes, Examples
+from metatrain.meta.losses import event_loss, mean_over_events
+from metatrain.meta.low_rank import AdaptedLosses, LowRankEngine
+from metatrain.meta.low_rank_cost import Choice, Shapes, choose
+from metatrain.meta.low_rank_form import CannotServe
+
+_log = logging.getLogger(__name__)
+
+EngineName = Literal["auto", "low_rank", "vmap"]
+
+
+class ChoosingEngine:
+    """An `Engine` over the two others.
+
+    Args:
+        learner: Maps inputs [..., E, F + ΣD] to scores [..., E].
+        loss: Name of the support's event loss (see `losses.event_loss`).
+        order: 2, or 1 for first-order MAML.
+        huber_delta: For the Huber losses.
+        precision: Type of the learner's products under torch.autocast; None: as its weights.
+        chunk: Most tasks whose intermediate results are held at a time; 0: no bound.
+        engine: "auto", or one of the two always.
+
+    Raises:
+        CannotServe: "low_rank" was asked for, and the learner has no linear form, or a precision is given.
+    """
+
+    def __init__(
+        self,
+        learner: nn.Module,
+        loss: str,
+        order: int = 2,
+        huber_delta: float = 1.0,
+        precision: torch.dtype | None = None,
+        chunk: int = 0,
+        engine: EngineName = "auto",
+    ) -> None:
+        self._asked, self._order, self._huber_delta = engine, order, huber_delta
+        self._vmap = VmapEngine(learner, event_loss(loss, huber_delta), order, precision)
+        self._low_rank: LowRankEngine | None = None
+        self._refusal = ""
+        self._logged: set[str] = set()
+        if engine == "vmap":
+            self._refusal = "vmap: it was asked for"
+            return
+        try:
+            if precision is not None:
+                raise CannotServe(f"its products would run in {str(precision).removeprefix('torch.')}")
+            self._low_rank = LowRankEngine(learner, loss, order, huber_delta, chunk)
+        except CannotServe as reason:
+            if engine == "low_rank":
+                raise
+            self._refusal = f"vmap: the low-rank form can't serve: {reason}"
+
+    def choice(self, adapted: tuple[str, ...], steps: int, support: Examples, query: Examples, rows: Tensors) -> Choice:
+        """The engine for such a batch, and why."""
+        if self._low_rank is None:
+            return Choice("vmap", self._refusal)
+        if rows:
+            if self._asked == "low_rank":
+                raise CannotServe("embedding rows adapt")
+            return Choice("vmap", "vmap: the low-rank form can't serve: embedding rows adapt")
+        if self._asked == "low_rank":
+            return Choice("low_rank", "low_rank: it was asked for")
+        if not steps or not adapted:
+            return Choice("vmap", "vmap: nothing adapts")
+        return choose(self._shapes(self._low_rank, adapted, steps, support, query))
+
+    def _shapes(
+        self, engine: LowRankEngine, adapted: tuple[str, ...], steps: int, support: Examples, query: Examples
+    ) -> Shapes:
+        widths = engine.widths
+        lowest = engine.lowest(adapted)
+        inputs = support.x.shape[2]
+        wide = ([inputs, *widths])[lowest]
+        skip = inputs if engine.form.skip else 0
+        if lowest == len(widths):
+            wide, skip = wide + skip, 0
+        return Shapes(
+            support.labels.shape[0],
+            support.labels.shape[1],
+            query.labels.shape[1],
+            wide,
+            widths[lowest:],
+            skip,
+            steps,
+            self._order,
+            support.x.requires_grad,
+            support.x.element_size(),
+        )
+
+    def _takes_low_rank(self, choice: Choice) -> bool:
+        # One line for each engine and kind of reason: a stream of batches has many shapes.
+        kind = choice.reason.split(" at ")[0].split(" µs")[0].rstrip("0123456789")
+        if kind not in self._logged:
+            self._logged.add(kind)
+            _log.info("inner loop by %s", choice.reason)
+        return choice.engine == "low_rank"
+
+    def adapt(
+        self,
+        parameters: Tensors,
+        adapted: tuple[str, ...],
+        rates: list[dict[str, Tensor]],
+        support: Examples,
+        rows: Tensors,
+    ) -> FastWeights:
+        """See `Engine.adapt`."""
+        # Weights a task are the result here, and the shared query loss isn't taken: low-rank is chosen as for training.
+        choice = self.choice(adapted, len(rates), support, support, rows)
+        if self._takes_low_rank(choice) and self._low_rank is not None:
+            return self._low_rank.adapt(parameters, adapted, rates, support, rows)
+        return self._vmap.adapt(parameters, adapted, rates, support, rows)
+
+    def predict(self, parameters: Tensors, fast: FastWeights, examples: Examples) -> Tensor:
+        """See `Engine.predict`."""
+        return self._vmap.predict(parameters, fast, examples)
+
+    def fuses(self, adapted: tuple[str, ...], steps: int, episodes: Episodes) -> bool:
+        """Whether `query_loss` takes these tasks in chunks of its own, so that the caller need not."""
+        return self.choice(adapted, steps, episodes.support, episodes.query, episodes.rows).engine == "low_rank"
+
+    def query_loss(
+        self,
+        parameters: Tensors,
+        adapted: tuple[str, ...],
+        rates: list[dict[str, Tensor]],
+        episodes: Episodes,
+        loss: str,
+    ) -> AdaptedLosses:
+        """The tasks' query losses; `loss` is the name of the query's event loss. See `LowRankEngine.query_loss`."""
+        choice = self.choice(adapted, len(rates), episodes.support, episodes.query, episodes.rows)
+        if self._takes_low_rank(choice) and self._low_rank is not None:
+            return self._low_rank.query_loss(parameters, adapted, rates, episodes, loss)
+        query, of_event = episodes.query, event_loss(loss, self._huber_delta)
+        fast = self._vmap.adapt(parameters, adapted, rates, episodes.support, episodes.rows)
+        scores = self._vmap.predict(parameters, fast, query)
+        after = mean_over_events(of_event(scores, query.labels), query.mask)
+        with torch.no_grad():
+            scores = self._vmap.predict(parameters, FastWeights({}, episodes.rows), query)
+            before = mean_over_events(of_event(scores, query.labels), query.mask)
+        return AdaptedLosses(after.sum(), after.detach(), before)

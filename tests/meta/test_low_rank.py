@@ -1,0 +1,318 @@
+"""The low-rank engine against a float64 loop over single tasks that knows neither vmap nor the low-rank form."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from metatrain.meta.engine import FastWeights
+from metatrain.meta.episode import Episodes, Examples
+from metatrain.meta.losses import event_loss, mean_over_events
+from metatrain.meta.low_rank import CannotServe, LowRankEngine
+from metatrain.model.learners.mlp import MLP
+
+LOSSES = ("squared", "absolute", "huber", "binary_cross_entropy")
+PATTERNS = ("*", "head.*", "layers.0.*", "layers.1.*", "*.bias", "*.weight", "head.weight", "layers.0.bias")
+
+
+@dataclass
+class Case:
+    """A learner, its tasks and its rates."""
+
+    learner: nn.Module
+    adapted: tuple[str, ...]
+    rates: Tensor
+    episodes: Episodes
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        return {**dict(self.learner.named_parameters()), **dict(self.learner.named_buffers())}
+
+    @property
+    def steps(self) -> list[dict[str, Tensor]]:
+        return [dict(zip(self.adapted, row.unbind(), strict=True)) for row in self.rates]
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [self.episodes.support.x, self.episodes.query.x, self.rates, *self.learner.parameters()]
+
+
+def make(
+    hidden=(5, 4),
+    activation="relu",
+    skip=True,
+    steps=2,
+    pattern="*",
+    loss="squared",
+    sizes=(5, 4, 3),
+    seed=0,
+    dtype=torch.float64,
+) -> Case:
+    """Random weights and tasks; the first task has no support event, others ragged support and query."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    learner = MLP(6, hidden, activation, skip, 0.3).to(dtype)
+    with torch.no_grad():
+        for p in learner.parameters():
+            p.copy_(normal(*p.shape) * 0.6)
+    adapted = tuple(name for name, _ in learner.named_parameters() if fnmatchcase(name, pattern))
+    rates = (normal(steps, len(adapted)).abs() * 0.1 + 0.02).requires_grad_()
+    tasks, support, query = sizes
+
+    def examples(events: int) -> Examples:
+        labels = (normal(tasks, events) > 0).to(dtype) if loss == "binary_cross_entropy" else normal(tasks, events)
+        mask = (normal(tasks, events) > -0.5).to(dtype)
+        return Examples(normal(tasks, events, 6).requires_grad_(), {}, labels, mask)
+
+    s, q = examples(support), examples(query)
+    s.mask[:1] = 0
+    return Case(learner, adapted, rates, Episodes(s, q, {}))
+
+
+def reference(case: Case, loss: str, order: int) -> tuple[Tensor, list[Tensor]]:
+    """Each task's query loss, and the gradient of twice their sum: one task at a time, by autograd alone."""
+    of_event = event_loss(loss)
+    losses = []
+    support, query = case.episodes.support, case.episodes.query
+    for t in range(case.episodes.size):
+        weights = {name: case.parameters[name] for name in case.adapted}
+        for rates in case.steps if case.adapted else ():
+            at = weights if order == 2 else {n: w.detach().requires_grad_() for n, w in weights.items()}
+            x = support.x[t] if order == 2 else support.x[t].detach()
+            scores = functional_call(case.learner, at, (x,))
+            inner = mean_over_events(of_event(scores, support.labels[t]), support.mask[t])
+            found = torch.autograd.grad(
+                inner, list(at.values()), create_graph=order == 2, allow_unused=True, materialize_grads=True
+            )
+            weights = {n: w - rates[n] * g for (n, w), g in zip(weights.items(), found, strict=True)}
+        scores = functional_call(case.learner, weights, (query.x[t],))
+        losses.append(mean_over_events(of_event(scores, query.labels[t]), query.mask[t]))
+    return torch.stack(losses).detach(), gradients(2 * torch.stack(losses).sum(), case)
+
+
+def gradients(total: Tensor, case: Case) -> list[Tensor]:
+    """By every leaf; zeros where it does not matter."""
+    return list(torch.autograd.grad(total, case.leaves, allow_unused=True, materialize_grads=True))
+
+
+def fused(case: Case, loss: str, order: int, chunk: int = 0, engine: LowRankEngine | None = None):
+    """Losses and gradients by the hand-written reverse."""
+    engine = engine or LowRankEngine(case.learner, loss, order, chunk=chunk)
+    result = engine.query_loss(case.parameters, case.adapted, case.steps, case.episodes, loss)
+    return result.after, gradients(2 * result.total, case)
+
+
+def plain(case: Case, loss: str, order: int):
+    """Losses and gradients through `adapt` and `predict`."""
+    engine = LowRankEngine(case.learner, loss, order)
+    fast = engine.adapt(case.parameters, case.adapted, case.steps, case.episodes.support, {})
+    query = case.episodes.query
+    after = mean_over_events(event_loss(loss)(engine.predict(case.parameters, fast, query), query.labels), query.mask)
+    return after.detach(), gradients(2 * after.sum(), case)
+
+
+def assert_same(got, expected, tolerance=1e-9) -> None:
+    torch.testing.assert_close(got[0], expected[0], rtol=tolerance, atol=tolerance)
+    # Gradients that cancel are compared with the size of the whole, not with their own rounding.
+    scale = torch.cat([g.flatten() for g in expected[1]]).norm().clamp(min=1e-3)
+    for mine, theirs in zip(got[1], expected[1], strict=True):
+        assert (mine - theirs).norm() <= tolerance * scale
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    hidden=st.sampled_from([(), (5,), (5, 4), (5, 4, 3)]),
+    activation=st.sampled_from(["relu", "tanh", "gelu", "silu"]),
+    skip=st.booleans(),
+    order=st.sampled_from([1, 2]),
+    steps=st.integers(0, 3),
+    pattern=st.sampled_from(PATTERNS),
+    loss=st.sampled_from(LOSSES),
+    sizes=st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 4)),
+    chunk=st.integers(0, 3),
+    seed=st.integers(0, 1000),
+)
+def test_gradients_equal_a_loop_over_tasks(
+    hidden, activation, skip, order, steps, pattern, loss, sizes, chunk, seed
+) -> None:
+    case = make(hidden, activation, skip, steps, pattern, loss, sizes, seed)
+    expected = reference(case, loss, order)
+    assert_same(fused(case, loss, order, chunk), expected)
+    assert_same(plain(case, loss, order), expected)
+
+
+@pytest.mark.parametrize("queries", [1, 40], ids=["last step as factors", "last step folded"])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_wide_layers_and_many_steps(queries: int, steps: int) -> None:
+    case = make((16, 8), "tanh", False, steps, "*", "squared", (4, 5, queries))
+    assert_same(fused(case, "squared", 2, 3), reference(case, "squared", 2))
+
+
+def test_second_order_equals_finite_differences() -> None:
+    case = make((3,), "tanh", True, 2, "*", "binary_cross_entropy", (2, 3, 2))
+    names = [name for name, _ in case.learner.named_parameters()]
+    engine = LowRankEngine(case.learner, "binary_cross_entropy")
+    buffers = dict(case.learner.named_buffers())
+
+    def total(rates: Tensor, x_s: Tensor, x_q: Tensor, *parameters: Tensor) -> Tensor:
+        s, q = case.episodes.support, case.episodes.query
+        episodes = Episodes(Examples(x_s, {}, s.labels, s.mask), Examples(x_q, {}, q.labels, q.mask), {})
+        steps = [dict(zip(case.adapted, row.unbind(), strict=True)) for row in rates]
+        shared = {**dict(zip(names, parameters, strict=True)), **buffers}
+        return engine.query_loss(shared, case.adapted, steps, episodes, "binary_cross_entropy").total
+
+    at = [case.rates, case.episodes.support.x, case.episodes.query.x, *case.learner.parameters()]
+    assert torch.autograd.gradcheck(total, [t.detach().requires_grad_() for t in at], atol=1e-7, rtol=1e-5)
+
+
+def test_float32_is_within_its_rounding() -> None:
+    case = make((64, 64), "relu", False, 5, "*", "squared", (8, 20, 10), dtype=torch.float32)
+    exact = make((64, 64), "relu", False, 5, "*", "squared", (8, 20, 10))
+    with torch.no_grad():
+        for mine, theirs in zip(exact.leaves, case.leaves, strict=True):
+            mine.copy_(theirs * 0.1 if mine is not exact.rates else theirs)
+            theirs.copy_(mine)
+    _, expected = reference(exact, "squared", 2)
+    _, got = fused(case, "squared", 2)
+    a, b = (torch.cat([g.double().flatten() for g in found]) for found in (got, expected))
+    assert (a - b).norm() / b.norm() < 1e-5
+
+
+def test_a_replay_sees_new_values_rates_and_shapes() -> None:
+    """What was recorded for one batch must not remember its numbers."""
+    first = make(seed=1)
+    engine = LowRankEngine(first.learner, "squared", chunk=2)
+    for seed, sizes in [(1, (5, 4, 3)), (2, (5, 4, 3)), (3, (4, 7, 3)), (4, (9, 2, 6)), (5, (5, 4, 3))]:
+        other = make(sizes=sizes, seed=seed)
+        assert_same(fused(other, "squared", 2, engine=engine), reference(other, "squared", 2))
+
+
+def test_padding_changes_nothing() -> None:
+    case = make(sizes=(4, 4, 3))
+    expected = fused(case, "squared", 2)
+    with torch.no_grad():
+        for examples in (case.episodes.support, case.episodes.query):
+            padded = examples.mask == 0
+            examples.x[padded] = 1e3
+            examples.labels[padded] = -1e3
+    got = fused(case, "squared", 2)
+    torch.testing.assert_close(got[0], expected[0])
+    for mine, theirs in zip(got[1][2:], expected[1][2:], strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert torch.all(got[1][0][case.episodes.support.mask == 0] == 0)
+
+
+def test_before_is_the_loss_of_the_shared_parameters() -> None:
+    case = make()
+    engine = LowRankEngine(case.learner, "squared")
+    query = case.episodes.query
+    scores = engine.predict(case.parameters, FastWeights({}, {}), query)
+    expected = mean_over_events(event_loss("squared")(scores, query.labels), query.mask)
+    got = engine.query_loss(case.parameters, case.adapted, case.steps, case.episodes, "squared")
+    torch.testing.assert_close(got.before, expected.detach())
+    assert not got.before.requires_grad
+    assert not got.after.requires_grad
+
+
+def test_without_gradients_nothing_is_reversed() -> None:
+    case = make()
+    engine = LowRankEngine(case.learner, "squared")
+    with torch.inference_mode():
+        quiet = engine.query_loss(case.parameters, case.adapted, case.steps, case.episodes, "squared")
+    assert not quiet.total.requires_grad
+    # Buffers made in inference mode must serve training afterwards.
+    assert_same(fused(case, "squared", 2, engine=engine), reference(case, "squared", 2))
+    torch.testing.assert_close(quiet.after, reference(case, "squared", 2)[0])
+
+
+@pytest.mark.parametrize("sizes", [(0, 4, 3), (3, 0, 2)], ids=["no task", "no support event"])
+def test_empty_batches_have_zero_gradients_where_nothing_is(sizes: tuple[int, int, int]) -> None:
+    case = make(sizes=sizes)
+    after, found = fused(case, "squared", 2)
+    assert after.shape == (sizes[0],)
+    assert torch.all(found[2] == 0)
+    if not sizes[0]:
+        assert all(torch.all(g == 0) for g in found)
+
+
+def test_a_loss_without_a_name_goes_by_autograd() -> None:
+    case = make(loss="squared")
+    engine = LowRankEngine(case.learner, lambda s, y: (s - y) ** 4)
+    named = LowRankEngine(case.learner, event_loss("squared"))
+    assert_same(fused(case, "squared", 2, engine=named), reference(case, "squared", 2))
+    result = engine.query_loss(case.parameters, case.adapted, case.steps, case.episodes, lambda s, y: (s - y).abs())
+    assert torch.isfinite(result.total)
+
+
+def test_copies_and_pickles_work_without_their_buffers() -> None:
+    case = make()
+    engine = LowRankEngine(case.learner, "squared")
+    expected = fused(case, "squared", 2, engine=engine)
+    twin = copy.deepcopy(engine)
+    assert_same(fused(case, "squared", 2, engine=twin), expected)
+    # Closures of losses don't pickle; the recordings within must not be what stops it.
+    assert pickle.loads(pickle.dumps(engine._recordings))._chunks == {}
+
+
+def test_threads_do_not_share_buffers() -> None:
+    cases = [make(seed=seed) for seed in range(2)]
+    engine = LowRankEngine(cases[0].learner, "squared", chunk=2)
+    expected = [fused(case, "squared", 2) for case in cases]
+    wrong: list[BaseException] = []
+
+    def work(number: int) -> None:
+        try:
+            for _ in range(20):
+                assert_same(fused(cases[number], "squared", 2, engine=engine), expected[number])
+        except AssertionError as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+class Residual(MLP):
+    """Looks like the MLP, computes something else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x.sum(-1)
+
+
+@pytest.mark.parametrize(
+    ("learner", "reason"),
+    [
+        (nn.Linear(3, 1), "does not say"),
+        (Residual(3), "forward is not that"),
+    ],
+)
+def test_learners_without_the_form_are_refused(learner: nn.Module, reason: str) -> None:
+    with pytest.raises(CannotServe, match=reason):
+        LowRankEngine(learner, "squared")
+
+
+def test_adapted_rows_are_refused() -> None:
+    case = make()
+    engine = LowRankEngine(case.learner, "squared")
+    rows = {"item": torch.zeros(5, 2, 3)}
+    with pytest.raises(CannotServe, match="rows"):
+        engine.adapt(case.parameters, case.adapted, case.steps, case.episodes.support, rows)
+    episodes = Episodes(case.episodes.support, case.episodes.query, rows)
+    with pytest.raises(CannotServe, match="rows"):
+        engine.query_loss(case.parameters, case.adapted, case.steps, episodes, "squared")
