@@ -28,7 +28,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.func import functional_call
+from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from peers.inner_loops import PEERS, Peer
@@ -107,16 +108,17 @@ def _inner(learner: nn.Module, steps: int) -> tuple[dict[str, Tensor], tuple[str
 
 def autograd_loop(learner: nn.Module, data: Episodes, steps: int) -> Callable[[int], object]:
     """One task at a time, by torch.autograd.grad with create_graph: what learn2learn's MAML does."""
-    from torch.func import functional_call
 
     def run(tasks: int) -> object:
         for i in range(tasks):
             weights = dict(learner.named_parameters())
             for _ in range(steps):
-                loss = F.mse_loss(functional_call(learner, weights, (data.support.x[i],)), data.support.labels[i])
+                loss = functional.mse_loss(
+                    functional_call(learner, weights, (data.support.x[i],)), data.support.labels[i]
+                )
                 found = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
                 weights = {n: w - RATE * g for (n, w), g in zip(weights.items(), found, strict=True)}
-            F.mse_loss(functional_call(learner, weights, (data.query.x[i],)), data.query.labels[i]).backward()
+            functional.mse_loss(functional_call(learner, weights, (data.query.x[i],)), data.query.labels[i]).backward()
         return None
 
     return run
@@ -235,9 +237,8 @@ def main() -> None:
         except ImportError as error:
             print(f"absent: {peer.name} ({error})")
     rows: list[dict[str, object]] = []
-    print(
-        f"{'width':>5} {'steps':>5} {'support':>7}  {'engine':<18} {'tasks/s':>9} {'low_rank is':>11} {'error':>8} {'ceiling':>7}"
-    )
+    titles = ("width", "steps", "support", "engine", "tasks/s", "low_rank is", "error", "ceiling")
+    print("{:>5} {:>5} {:>7}  {:<18} {:>9} {:>11} {:>8} {:>7}".format(*titles))
     for width, steps, support in itertools.product(options.widths, options.steps, options.supports):
         found = measure(make_case(width, steps, support, options.tasks, peers), options.rounds, options.threads)
         rows += found

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
 from metatrain.meta.engine import Tensors
 from metatrain.meta.episode import Examples
@@ -34,7 +34,7 @@ class _Layer:
         self._steps: list[dict[str, Tensor]] = []
 
     def forward(self, z: Tensor) -> Tensor:
-        out = F.linear(z, self._weight, self._bias)
+        out = functional.linear(z, self._weight, self._bias)
         if self._scaled:
             out = out - (z @ torch.cat(self._inputs, 1).mT) @ torch.cat(self._scaled, 1)
         return out if self._moved is None else out - self._moved

@@ -126,6 +126,6 @@ def choose(s: Shapes) -> Choice:
     return Choice(
         engine,
         f"{engine}: counted {low * 1e6:.0f} µs a task for low_rank and {full * 1e6:.0f} for vmap, at {s.tasks} tasks "
-        f"of {s.support} support and {s.query} query events, input width {s.inputs}, hidden {list(s.hidden)}, {s.steps} "
-        f"steps, order {s.order}",
+        f"of {s.support} support and {s.query} query events, input width {s.inputs}, hidden {list(s.hidden)}, "
+        f"{s.steps} steps, order {s.order}",
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
 from metatrain.meta.losses import EventLoss
 
@@ -64,10 +64,10 @@ def _gelu(h: Tensor, slope: Tensor, curvature: Tensor | None) -> None:
 
 
 ACTIVATIONS = {
-    "relu": Activation(F.relu, _relu, straight=True),
+    "relu": Activation(functional.relu, _relu, straight=True),
     "tanh": Activation(torch.tanh, _tanh),
-    "silu": Activation(F.silu, _silu),
-    "gelu": Activation(F.gelu, _gelu),
+    "silu": Activation(functional.silu, _silu),
+    "gelu": Activation(functional.gelu, _gelu),
 }
 
 

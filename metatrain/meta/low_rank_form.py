@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from metatrain.meta.low_rank_elementwise import ACTIVATIONS
 
@@ -45,7 +45,7 @@ class LinearForm:
         if self.skip:
             z = torch.cat([z, x], dim=-1)
         bias = None if self.head.bias is None else parameters[self.head.bias]
-        score = F.linear(z, parameters[self.head.weight], bias).squeeze(-1)
+        score = functional.linear(z, parameters[self.head.weight], bias).squeeze(-1)
         return score if self.offset is None else score + parameters[self.offset]
 
     def prefix(self, parameters: Mapping[str, Tensor], x: Tensor, layers: int) -> Tensor:
@@ -53,7 +53,7 @@ class LinearForm:
         activation = ACTIVATIONS[self.activation].function
         for names in self.hidden[:layers]:
             bias = None if names.bias is None else parameters[names.bias]
-            x = activation(F.linear(x, parameters[names.weight], bias))
+            x = activation(functional.linear(x, parameters[names.weight], bias))
         return x
 
 

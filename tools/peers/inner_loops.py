@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ def _higher(learner: nn.Module, data: Any, steps: int, rate: float) -> Callable[
         for i in range(tasks):
             with higher.innerloop_ctx(learner, optimizer, copy_initial_weights=False) as (fast, inner):
                 for _ in range(steps):
-                    inner.step(F.mse_loss(fast(data.support.x[i]), data.support.labels[i]))
-                F.mse_loss(fast(data.query.x[i]), data.query.labels[i]).backward()
+                    inner.step(functional.mse_loss(fast(data.support.x[i]), data.support.labels[i]))
+                functional.mse_loss(fast(data.query.x[i]), data.query.labels[i]).backward()
         return None
 
     return run
@@ -67,8 +67,8 @@ def _torchopt(learner: nn.Module, data: Any, steps: int, rate: float) -> Callabl
         inner_start = torchopt.extract_state_dict(inner, by="reference")
         for i in range(tasks):
             for _ in range(steps):
-                inner.step(F.mse_loss(learner(data.support.x[i]), data.support.labels[i]))
-            F.mse_loss(learner(data.query.x[i]), data.query.labels[i]).backward()
+                inner.step(functional.mse_loss(learner(data.support.x[i]), data.support.labels[i]))
+            functional.mse_loss(learner(data.query.x[i]), data.query.labels[i]).backward()
             torchopt.recover_state_dict(learner, start)
             torchopt.recover_state_dict(inner, inner_start)
         return None
@@ -94,7 +94,7 @@ def _parallel_metalearn(learner: nn.Module, data: Any, steps: int, rate: float) 
 
     class Squared(BaseLoss):
         def forward(self, out_dict: Any, targets: Any, model_states: Any = None, **_: Any) -> Any:
-            loss = F.mse_loss(out_dict["logits"], targets["labels"])
+            loss = functional.mse_loss(out_dict["logits"], targets["labels"])
             return loss, loss
 
     model = Model()
