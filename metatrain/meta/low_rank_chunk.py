@@ -107,15 +107,15 @@ class Chunk:
         hidden = [self._linear(names, parameters) for names in form.hidden]
         same = seen[0] is first_s
         needs_first = bool(hidden and hidden[0].adapts_weight) or (same and head.adapts_weight)
-        self._gram = Gram(p, ws, "gram", first_s, first_q, sizes.inputs_differ) if needs_first else None
+        self._gram = Gram(p, ws, "gram", first_s, first_q, sizes.steps, sizes.inputs_differ) if needs_first else None
         skip_gram = self._gram if head.adapts_weight and same else None
         self._skip_gram = None
         if seen[0] is not None and seen[1] is not None and not same and head.adapts_weight:
-            skip_gram = self._skip_gram = Gram(p, ws, "skip_gram", *seen, sizes.inputs_differ)
+            skip_gram = self._skip_gram = Gram(p, ws, "skip_gram", *seen, sizes.steps, sizes.inputs_differ)
         self._first: FirstLayer | None = None
         if hidden:
             gram = self._gram if hidden[0].adapts_weight else None
-            self._first = FirstLayer(p, ws, hidden[0], first_s, first_q, gram)
+            self._first = FirstLayer(p, ws, hidden[0], first_s, first_q, gram, sizes.steps)
         self._hidden = [
             HiddenLayer(p, ws, number, layer, sizes.steps, sizes.query) for number, layer in enumerate(hidden[1:])
         ]

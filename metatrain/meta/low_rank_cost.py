@@ -69,7 +69,7 @@ def low_rank_cost(s: Shapes) -> Cost:
         if s.differentiable_inputs:
             shared += 2 * s.inputs * first * events
             batched += 2 * s.inputs * s.support * (2 * s.support + 2 * s.query)
-        batched += 2 * s.inputs * s.support * events  # the Gram matrices
+        batched += 2 * s.inputs * s.support * (events if s.steps > 1 else s.query)  # the Gram matrices
         kernel = 2 * s.support * first
         batched += kernel * (s.support * max(s.steps - 1, 0) * back + s.query * 2)
     for below, width in pairwise(s.hidden):
@@ -87,7 +87,7 @@ def low_rank_cost(s: Shapes) -> Cost:
         wide = s.skip or s.inputs
         shared += 2 * wide * events * 2
         if not s.hidden:
-            batched += 2 * wide * s.support * events
+            batched += 2 * wide * s.support * (events if s.steps > 1 else s.query)
         batched += 4 * s.support * s.support * s.steps
     calls = 60 + s.steps * (25 + 30 * len(s.hidden)) * (1 if s.order == 2 else 0.6)
     return Cost(shared, batched, passes * s.itemsize * 2.5, events * s.inputs * s.itemsize, calls)

@@ -83,7 +83,7 @@ class Head:
         """Scores [T, S] before step k."""
         self._z.append(z)
         s = self._scores(z, self._v[k], self._c[k], self._base_s, f"s{k}", self._events)
-        if self._gram is not None and k:
+        if self._gram is not None and self._gram.support is not None and k:
             self._subtract_product(s, self._gram.support, self._a[k - 1])
         return s
 
@@ -209,7 +209,7 @@ class Head:
                 p(self._d_base_s.copy_, d_s)
             else:
                 p(self._d_base_s.add_, d_s)
-        if self._gram is not None and k:
+        if self._gram is not None and self._gram.support is not None and k:
             product = ws("head.product", *d_s.shape)
             self._dots(self._gram.support, d_s.unsqueeze(1), product)
             p(self._d_a.sub_, product)

@@ -46,31 +46,38 @@ class Gram:
     """Inner products of inputs that don't change between steps: they are all that adaptation needs of the inputs.
 
     `support` is x_s x_sᵀ [T, S, S], `query` is x_q x_sᵀ [T, Q, S]; with `differentiable`, their adjoints beside.
+    With one step `support` is None: no support event meets weights that have moved.
     """
 
-    def __init__(self, p: Program, ws: Workspace, name: str, x_s: Tensor, x_q: Tensor, differentiable: bool) -> None:
+    def __init__(
+        self, p: Program, ws: Workspace, name: str, x_s: Tensor, x_q: Tensor, steps: int, differentiable: bool
+    ) -> None:
         (tasks, events, _), queries = x_s.shape, x_q.shape[1]
         self.x_s, self.x_q = x_s, x_q
-        self.support = ws(f"{name}.ss", tasks, events, events)
+        self.support = ws(f"{name}.ss", tasks, events, events) if steps > 1 else None
         self.query = ws(f"{name}.qs", tasks, queries, events)
-        p(torch.bmm, x_s, x_s.mT, out=self.support)
         p(torch.bmm, x_q, x_s.mT, out=self.query)
-        self.d_support = ws(f"{name}.d_ss", tasks, events, events) if differentiable else None
         self.d_query = ws(f"{name}.d_qs", tasks, queries, events) if differentiable else None
-        if self.d_support is not None and self.d_query is not None:
-            p(self.d_support.zero_)
+        self.d_support: Tensor | None = None
+        if self.support is not None:
+            p(torch.bmm, x_s, x_s.mT, out=self.support)
+            if differentiable:
+                self.d_support = ws(f"{name}.d_ss", tasks, events, events)
+                self._both = ws(f"{name}.both", tasks, events, events)
+                p(self.d_support.zero_)
+        if self.d_query is not None:
             p(self.d_query.zero_)
-        self._both = ws(f"{name}.both", tasks, events, events) if differentiable else None
 
     def into_inputs(self, p: Program, d_s: Tensor | None, d_q: Tensor) -> None:
         """Add the adjoints of the inputs; d_s None: the support's inputs are constants (first order)."""
-        if self.d_support is None or self.d_query is None:
+        if self.d_query is None:
             return
         p(d_q.baddbmm_, self.d_query, self.x_s)
         if d_s is not None:
-            p(torch.add, self.d_support, self.d_support.mT, out=self._both)
-            p(d_s.baddbmm_, self._both, self.x_s)
             p(d_s.baddbmm_, self.d_query.mT, self.x_q)
+            if self.d_support is not None:
+                p(torch.add, self.d_support, self.d_support.mT, out=self._both)
+                p(d_s.baddbmm_, self._both, self.x_s)
 
 
 class FirstLayer:
@@ -80,7 +87,9 @@ class FirstLayer:
     `gram` the weight stays, and A is its last row alone.
     """
 
-    def __init__(self, p: Program, ws: Workspace, layer: Linear, x_s: Tensor, x_q: Tensor, gram: Gram | None) -> None:
+    def __init__(
+        self, p: Program, ws: Workspace, layer: Linear, x_s: Tensor, x_q: Tensor, gram: Gram | None, steps: int
+    ) -> None:
         self._p, self._ws, self._layer, self._gram = p, ws, layer, gram
         (self._tasks, self._events, _), self._queries = x_s.shape, x_q.shape[1]
         self._x_s, self._x_q = x_s, x_q
@@ -90,9 +99,10 @@ class FirstLayer:
         self.base_q = ws("first.base_q", self._tasks, self._queries, self._out)
         linear(p, x_s, layer.weight, layer.bias, self._base_s)
         linear(p, x_q, layer.weight, layer.bias, self.base_q)
-        self._kernel_s = self._kernel("s", None if gram is None else gram.support, self._events)
+        # Without moved weights to meet, the support's kernel is never read.
+        self._kernel_s = None if steps < 2 else self._kernel("s", None if gram is None else gram.support, self._events)
         self._kernel_q = self._kernel("q", None if gram is None else gram.query, self._queries)
-        self._keep = gram is not None and gram.d_support is not None
+        self._keep = gram is not None and gram.d_query is not None
         self._a: list[Tensor] = []  # A after step k
         self._delta: list[Tensor] = []
         self._delta_sum: list[Tensor] = []
@@ -114,6 +124,7 @@ class FirstLayer:
         if k == 0:
             self._p(h.copy_, self._base_s)
         else:
+            assert self._kernel_s is not None
             self._p(torch.baddbmm, self._base_s, self._kernel_s, self._a[k - 1], alpha=-1, out=h)
         return h
 
@@ -188,6 +199,7 @@ class FirstLayer:
         else:
             p(self._d_base_s.add_, d_h)
         if k:
+            assert self._kernel_s is not None
             p(self._d_a.baddbmm_, self._kernel_s.mT, d_h, alpha=-1)
             if self._gram is not None and self._gram.d_support is not None:
                 p(self._gram.d_support.baddbmm_, d_h, self._a[k - 1][:, : self._rows].mT, alpha=-1)
