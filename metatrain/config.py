@@ -128,6 +128,7 @@ class FeatureSource(Section):
         if self.kind in ("categorical", "multi") and self.width % 4:
             raise ValueError(f"the embedding width of {self.name!r} ({self.width}) must be a multiple of 4")
         return self
+
     min_count: Positive = 1
     """Values seen fewer times than this by training users (items: by trained items) get the unknown id."""
 
@@ -475,7 +476,11 @@ def _fields_at(path: list[str]) -> list[str]:
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:
     """The section class inside an annotation such as `tuple[FeatureSource, ...]`."""
-    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias) and issubclass(annotation, BaseModel):
+    if (
+        isinstance(annotation, type)
+        and not isinstance(annotation, types.GenericAlias)
+        and issubclass(annotation, BaseModel)
+    ):
         return annotation
     return next((s for a in typing.get_args(annotation) if (s := _section_of(a)) is not None), None)
 
@@ -484,17 +489,28 @@ def _read(path: str, chain: tuple[str, ...]) -> dict[str, Any]:
     if path in chain:
         raise ConfigError("`extends` goes in a circle.", where=" → ".join((*chain, path)), remedy="Remove one of them.")
     if not storage.exists(path):
-        raise ConfigError("There is no such configuration file.", where=path, remedy="Check the path; recipes are in configs/.")
+        raise ConfigError(
+            "There is no such configuration file.", where=path, remedy="Check the path; recipes are in configs/."
+        )
     try:
         raw = yaml.safe_load(storage.read_text(path)) or {}
     except yaml.YAMLError as error:
         raise ConfigError(f"Not YAML: {error}", where=path, remedy="Mend the syntax.") from error
     if not isinstance(raw, dict):
-        raise ConfigError("A configuration is a mapping of sections.", where=path, got=type(raw).__name__, remedy="See configs/demo.yaml.")
+        raise ConfigError(
+            "A configuration is a mapping of sections.",
+            where=path,
+            got=type(raw).__name__,
+            remedy="See configs/demo.yaml.",
+        )
     parents = raw.pop("extends", [])
     merged: dict[str, Any] = {}
     for parent in [parents] if isinstance(parents, str) else parents:
-        beside = parent if "://" in parent or parent.startswith("/") else storage.join(path.rpartition("/")[0] or ".", parent)
+        beside = (
+            parent
+            if "://" in parent or parent.startswith("/")
+            else storage.join(path.rpartition("/")[0] or ".", parent)
+        )
         merged = _merged(merged, _read(beside, (*chain, path)))
     return _merged(merged, raw)
 

@@ -49,7 +49,9 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         return fsspec.core.url_to_fs(absolute(url))
     except (ImportError, ValueError) as error:
         raise StorageError(
-            f"No file system for this URL: {error}", got=url, remedy="Install the store's fsspec package, or mend the URL."
+            f"No file system for this URL: {error}",
+            got=url,
+            remedy="Install the store's fsspec package, or mend the URL.",
         ) from error
 
 
@@ -86,7 +88,9 @@ def file_sizes(url: str) -> dict[str, int]:
     def sizes() -> dict[str, int]:
         fs.invalidate_cache(path)
         listed = fs.ls(path, detail=True)
-        return {posixpath.basename(entry["name"]): int(entry["size"]) for entry in listed if entry["type"] != "directory"}
+        return {
+            posixpath.basename(entry["name"]): int(entry["size"]) for entry in listed if entry["type"] != "directory"
+        }
 
     try:
         return retried(sizes)

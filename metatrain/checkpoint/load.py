@@ -56,12 +56,23 @@ def load_for_inference(run_url: str, step: int | None = None) -> Loaded:
     """
     step = best_step(run_url) if step is None else step
     marker = read_marker(run_url, step)
+    state = read_tensors(run_url, step, MODEL)
+    config = load_config(storage.join(run_url, "config.yaml"))
+    return Loaded(config, {name.removeprefix(MODEL): tensor for name, tensor in state.items()}, marker, step)
+
+
+def read_tensors(run_url: str, step: int, prefix: str = "") -> dict[str, torch.Tensor]:
+    """A checkpoint's tensors whose names begin with `prefix`, whole, without a process group.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be read.
+    """
     url = checkpoint_url(run_url, step)
     reader = FsspecReader(url)
     state = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in _metadata(reader, url).items()
-        if name.startswith(MODEL) and isinstance(entry, TensorStorageMetadata)
+        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
     }
     try:
         with warnings.catch_warnings():
@@ -70,8 +81,7 @@ def load_for_inference(run_url: str, step: int | None = None) -> Loaded:
             dcp.load(state, storage_reader=reader, no_dist=True)
     except (CheckpointException, RuntimeError, ValueError, OSError) as error:
         raise _unreadable(url, error) from error
-    config = load_config(storage.join(run_url, "config.yaml"))
-    return Loaded(config, {name.removeprefix(MODEL): tensor for name, tensor in state.items()}, marker, step)
+    return state
 
 
 def _metadata(reader: FsspecReader, url: str) -> dict[str, Any]:
@@ -93,7 +103,7 @@ def _check_shapes(reader: FsspecReader, state: dict[str, Any], url: str) -> None
                 "The checkpoint is of another model.",
                 where=f"{url}: {name}",
                 got="not in it" if entry is None else f"shape {tuple(entry.size)}, this model's is {size}",
-                remedy="Use the configuration that the run was trained with (config.yaml in its folder), or another `run.name`.",
+                remedy="Use the configuration that trained the run (its config.yaml), or another `run.name`.",
             )
 
 

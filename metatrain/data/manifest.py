@@ -114,7 +114,9 @@ def read_manifest(url: str) -> Manifest:
     try:
         raw = json.loads(storage.read_text(path))
     except ValueError as error:
-        raise DatasetError(f"The manifest is not JSON: {error}", where=path, remedy="Prepare the dataset again.") from error
+        raise DatasetError(
+            f"The manifest is not JSON: {error}", where=path, remedy="Prepare the dataset again."
+        ) from error
     version = raw.get("version") if isinstance(raw, dict) else None
     if version != VERSION:
         raise DatasetError(

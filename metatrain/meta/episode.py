@@ -53,7 +53,6 @@ class Episodes:
         return int(self.support.labels.shape[0])
 
 
-
 def gather_rows(rows: dict[str, Tensor], slots: dict[str, Slots]) -> list[Tensor]:
     """One task's adapted rows per event, pooled by their mean: rows [R, D], slots [E, M] → [E, D] a feature."""
     pooled = []

@@ -51,7 +51,7 @@ from metatrain.meta.low_rank_loss import AdaptedLoss, Problem, Recordings, witho
 __all__ = ["AdaptedLosses", "CannotServe", "LowRankEngine"]
 
 #: A chunk's working set: within the last-level cache's share of a process.
-CHUNK_BYTES = 16 << 20
+CHUNK_BYTES = 32 << 20
 
 
 class AdaptedLosses(NamedTuple):

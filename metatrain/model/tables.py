@@ -11,6 +11,7 @@ Symbols: n_f ids of a feature, K ids of a table in a step (unique ones, where th
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -38,6 +39,9 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from metatrain.config import OptimizerConfig
 from metatrain.errors import CheckpointError, DatasetError
 from metatrain.model import hashing
+
+# TorchRec asks torch.fx a question whose answer's meaning changed, and every process would print a warning of it.
+logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 
 #: Prefix of the fused optimizer's tensors in `Distributed.state_dict`.
 OPTIMIZER_PREFIX = "table_optimizer."

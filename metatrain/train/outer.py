@@ -33,7 +33,11 @@ class DenseOptimizer:
         self._clip = config.clip
         self._adam = torch.optim.AdamW(list(self._parameters.values()), lr=0.0, weight_decay=config.weight_decay)
         for p in self._parameters.values():
-            self._adam.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            self._adam.state[p] = {
+                "step": torch.zeros(()),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+            }
 
     def update(self, rate: float) -> Tensor:
         """Clips, updates with `rate`, and forgets the gradients. Returns the gradient's norm before clipping."""

@@ -16,7 +16,7 @@ import torch
 from metatrain.checkpoint import MODEL, Cursor, committed_steps, load_checkpoint, read_marker, save_checkpoint
 from metatrain.config import Config
 from metatrain.data.dataset import TaskDataset
-from metatrain.data.manifest import ItemSet, Split
+from metatrain.data.manifest import Split
 from metatrain.data.plan import lanes_of
 from metatrain.data.stream import TaskStream
 from metatrain.errors import TrainingError
@@ -83,7 +83,13 @@ def train(config: Config, seat: Seat) -> None:
         nonlocal saved_at, saved_time
         keep = config.train.checkpoint.keep
         save_checkpoint(
-            config.run_url, state(), cursor=cursor, identity=must_equal, loop=patience.state(), metrics=metrics, keep=keep
+            config.run_url,
+            state(),
+            cursor=cursor,
+            identity=must_equal,
+            loop=patience.state(),
+            metrics=metrics,
+            keep=keep,
         )
         saved_at, saved_time = cursor.total, time.monotonic()
 
@@ -131,7 +137,9 @@ def train(config: Config, seat: Seat) -> None:
                 metrics = {"validation_loss": after}
                 if board is not None:
                     board.scalars({"validation/loss_before": before, "validation/loss_after": after}, cursor.total)
-                seat.tell({"step": cursor.total, "steps": last, "epoch": epoch, "validation_loss": after, "best": improved})
+                seat.tell(
+                    {"step": cursor.total, "steps": last, "epoch": epoch, "validation_loss": after, "best": improved}
+                )
             every = config.train.checkpoint.every_steps
             if improved or over or patience.exhausted or (every and cursor.total - saved_at >= every):
                 save(metrics)

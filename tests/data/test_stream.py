@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,12 +8,12 @@ import pytest
 import ray
 
 from metatrain.config import DataConfig, EpisodeConfig
-from metatrain.data.batch import Ragged, TaskBatch
 from metatrain.data.manifest import ItemSet, Split
 from metatrain.data.plan import lanes_of
 from metatrain.data.reader import BatchReader, concatenate_batches
 from metatrain.data.stream import TaskStream
 from metatrain.errors import ConfigError, DatasetError
+from tests.data.tiny_dataset import plain
 
 DATA = DataConfig(
     episode=EpisodeConfig(cut="uniform", support_max=5, query_max=3),
@@ -26,19 +25,7 @@ DATA = DataConfig(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def session() -> Iterator[None]:
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
-
-
-def plain(value: Any) -> Any:
-    if isinstance(value, TaskBatch | Ragged):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {name: plain(column) for name, column in value.items()}
-    return value.tolist() if hasattr(value, "tolist") else value
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
 
 def undisturbed(url: str, epoch: int, data: DataConfig = DATA) -> list[Any]:
@@ -49,7 +36,7 @@ def undisturbed(url: str, epoch: int, data: DataConfig = DATA) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def stream(session: None, tiny_dataset: Callable[..., str]) -> Iterator[TaskStream]:
+def stream(ray_session: None, tiny_dataset: Callable[..., str]) -> Iterator[TaskStream]:
     """One worker with two readers. Ray starts a process for each reader, so tests share it."""
     with contextlib.closing(TaskStream(tiny_dataset(), DATA, seed=3, num_cpus=0.1)) as opened:
         yield opened

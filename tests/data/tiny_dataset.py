@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from metatrain.data.batch import Ragged, TaskBatch
 from metatrain.data.manifest import VERSION, Manifest, Shard, Split
 from metatrain.data.schema import ITEM_FEATURE, Feature, Kind, LabelKind, Level, Schema
 
@@ -177,3 +180,12 @@ def _random(rng: np.random.Generator, feature: Feature, rows: int) -> pa.Array:
 def _sha256(file: str) -> str:
     with open(file, "rb") as opened:
         return hashlib.sha256(opened.read()).hexdigest()
+
+
+def plain(value: Any) -> Any:
+    """A batch as lists and mappings, which compare by value."""
+    if isinstance(value, TaskBatch | Ragged):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {name: plain(column) for name, column in value.items()}
+    return value.tolist() if hasattr(value, "tolist") else value

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import importlib.util
 import os
 import signal
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,11 +12,12 @@ import ray
 
 from metatrain.config import DataConfig, EpisodeConfig
 from metatrain.data import stream as streaming
-from metatrain.data.batch import Ragged, TaskBatch
+from metatrain.data.batch import TaskBatch
 from metatrain.data.manifest import ItemSet, Split, read_manifest
 from metatrain.data.reader import BatchReader
 from metatrain.data.stream import TaskStream
 from metatrain.errors import DatasetError, TrainingError
+from tests.data.tiny_dataset import plain, write_tiny_dataset
 
 DATA = DataConfig(
     episode=EpisodeConfig(cut="uniform", support_max=5, query_max=3),
@@ -32,21 +29,7 @@ DATA = DataConfig(
 )
 
 
-def write_tiny_dataset(url: str, **settings: Any) -> None:
-    path = Path(__file__).parents[1] / "data" / "tiny_dataset.py"
-    spec = importlib.util.spec_from_file_location("tiny_dataset", path)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.write_tiny_dataset(url, **settings)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def session() -> Iterator[None]:
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
+pytestmark = pytest.mark.usefixtures("ray_session")
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +37,6 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = str(tmp_path_factory.mktemp("tiny"))
     write_tiny_dataset(folder)
     return folder
-
-
-def plain(value: Any) -> Any:
-    if isinstance(value, TaskBatch | Ragged):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {name: plain(column) for name, column in value.items()}
-    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def undisturbed(url: str, epoch: int) -> list[Any]:

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,20 +10,16 @@ from metatrain.data.dataset import TaskDataset
 from metatrain.data.schema import LabelKind
 from metatrain.model.metamodel import build_model
 from metatrain.recommend.recommender import Recommender
+from tests.data.tiny_dataset import write_tiny_dataset
 
 
 @pytest.fixture(scope="session")
 def recommender_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Recommender]:
     """An untrained recommender over a tiny dataset, with weights large enough that adaptation shows."""
-    spec = importlib.util.spec_from_file_location("tiny", Path(__file__).parents[1] / "data" / "tiny_dataset.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
 
     def make(label: LabelKind = LabelKind.RATING, **settings) -> Recommender:
         url = str(tmp_path_factory.mktemp("tiny"))
-        module.write_tiny_dataset(url, label=label, **settings)
+        write_tiny_dataset(url, label=label, **settings)
         config = Config(
             data=DataConfig(dataset=url),
             model=ModelConfig(hidden=(8,), init_scale=0.5),
