@@ -158,12 +158,8 @@ class AdaptedLoss(torch.autograd.Function):
         after = mean_over_events(problem.loss(scores, labels_q), mask_q)
         before = mean_over_events(problem.loss(scores_before, labels_q), mask_q)
         if sizes.reverses:
-            ours = [found.rates, *found.of.values()]
-            ctx.found = (
-                [*d_inputs, *(g.clone() for g in ours)]
-                if needs_x
-                else [None] * problem.inputs + [g.clone() for g in ours]
-            )
+            own = [found.rates.to(rates.dtype, copy=True), *(gradient.clone() for gradient in found.of.values())]
+            ctx.found = [*(d_inputs or [None] * problem.inputs), *own]
         ctx.mark_non_differentiable(after, before)
         return after.sum(), after, before
 

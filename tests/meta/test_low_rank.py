@@ -257,6 +257,26 @@ def test_a_loss_without_a_name_goes_by_autograd() -> None:
     assert torch.isfinite(result.total)
 
 
+def test_rates_may_be_of_another_type() -> None:
+    case = make()
+    case.rates = case.rates.detach().float().requires_grad_()
+    _, found = fused(case, "squared", 2)
+    assert found[2].dtype == torch.float32
+
+
+def test_a_graph_that_is_retained_goes_backward_twice() -> None:
+    case = make()
+    total = (
+        LowRankEngine(case.learner, "squared")
+        .query_loss(case.parameters, case.adapted, case.steps, case.episodes, "squared")
+        .total
+    )
+    first = torch.autograd.grad(total, case.leaves, torch.tensor(3.0, dtype=torch.float64), retain_graph=True)
+    second = torch.autograd.grad(total, case.leaves)
+    for three, one in zip(first, second, strict=True):
+        torch.testing.assert_close(three, 3 * one)
+
+
 def test_copies_and_pickles_work_without_their_buffers() -> None:
     case = make()
     engine = LowRankEngine(case.learner, "squared")
