@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from metatrain.meta.low_rank_chunk import Buffers, Chunk, Sizes
 from metatrain.meta.low_rank_elementwise import LossDerivatives
 from metatrain.meta.low_rank_form import LinearForm
 from metatrain.meta.low_rank_layers import Gradients
-from metatrain.meta.low_rank_program import Workspace
+from metatrain.meta.low_rank_program import Window, Workspace
 
 #: Recorded chunks kept: batches come in few shapes where they are bucketed, and each holds some thousand small views.
 PROGRAMS = 64
@@ -48,12 +48,21 @@ class Problem:
     differentiate: bool  # the gradient mode of the caller
 
 
+class Recording(NamedTuple):
+    """A recorded chunk with what it reads and writes."""
+
+    buffers: Buffers
+    found: Gradients
+    chunk: Chunk
+    windows: list[Window]  # one an input
+
+
 class Recordings(threading.local):
     """Workspaces and recorded chunks, a thread its own. Not state: copies and pickles start without."""
 
     def __init__(self) -> None:
         self._workspaces: dict[tuple[torch.dtype, torch.device], Workspace] = {}
-        self._chunks: OrderedDict[object, tuple[int, Buffers, Gradients, Chunk]] = OrderedDict()
+        self._chunks: OrderedDict[object, tuple[int, Recording]] = OrderedDict()
 
     def workspace(self, like: Tensor) -> Workspace:
         """The workspace for tensors of that type and place."""
@@ -62,19 +71,19 @@ class Recordings(threading.local):
             self._workspaces[key] = Workspace(like)
         return self._workspaces[key]
 
-    def get(self, key: object, generation: int) -> tuple[Buffers, Gradients, Chunk] | None:
+    def get(self, key: object, generation: int) -> Recording | None:
         """The chunk recorded for it, if its buffers are still those of the workspace."""
         held = self._chunks.get(key)
         if held is None or held[0] != generation:
             return None
         self._chunks.move_to_end(key)
-        return held[1:]
+        return held[1]
 
-    def put(self, key: object, generation: int, buffers: Buffers, found: Gradients, chunk: Chunk) -> None:
+    def put(self, key: object, generation: int, recording: Recording) -> None:
         """Keep it; forget what is stale, and the least recently used."""
         for other in [k for k, held in self._chunks.items() if held[0] != generation]:
             del self._chunks[other]
-        self._chunks[key] = (generation, buffers, found, chunk)
+        self._chunks[key] = (generation, recording)
         while len(self._chunks) > PROGRAMS:
             self._chunks.popitem(last=False)
 
@@ -117,9 +126,12 @@ class AdaptedLoss(torch.autograd.Function):
         ws = recordings.workspace(inputs[0])
         key = (problem.form, problem.names, sizes, ws)
         recorded = recordings.get(key, ws.generation)
-        buffers, found = recorded[:2] if recorded else _buffers(ws, problem, sizes, values, rates)
-        chunk = recorded[2] if recorded else None
-        if chunk is not None:
+        chunk: Chunk | None = None
+        windows: list[Window] = []
+        if recorded is None:
+            buffers, found = _buffers(ws, problem, sizes, values, rates)
+        else:
+            buffers, found, chunk, windows = recorded
             chunk.forward.fill_in(steps)
             chunk.backward.fill_in(steps)
         parameters = {name: ws(f"parameter.{name}", *v.shape) for name, v in zip(problem.names, values, strict=True)}
@@ -131,10 +143,17 @@ class AdaptedLoss(torch.autograd.Function):
         scores_before, scores = torch.empty_like(labels_q), torch.empty_like(labels_q)
         for start in range(0, tasks, size):
             part = slice(start, start + size)
-            for buffer, x in zip(
-                (*buffers.inputs, buffers.labels, buffers.weights), (*inputs, labels_s, weights_s), strict=True
-            ):
-                _copy(buffer, x[part])
+            _copy(buffers.labels, labels_s[part])
+            _copy(buffers.weights, weights_s[part])
+            whole_chunk = start + size <= tasks
+            for number, x in enumerate(inputs):
+                if windows and whole_chunk:
+                    windows[number].move(x[part])
+                elif windows:
+                    windows[number].move(windows[number].buffer)
+                    _copy(windows[number].buffer, x[part])
+                else:
+                    _copy(buffers.inputs[number], x[part])
             if chunk is None:
                 chunk = Chunk(ws, problem.form, parameters, steps, problem.inner, sizes, buffers, found)
             else:
@@ -153,8 +172,11 @@ class AdaptedLoss(torch.autograd.Function):
                 chunk.backward.replay()
             for whole, d_x in zip(d_inputs, buffers.d_inputs, strict=True):
                 whole[part] = d_x[:count]
+        for window in windows:
+            window.move(window.buffer)  # or the recording would keep the batch alive
         if chunk is not None and recorded is None:
-            recordings.put(key, ws.generation, buffers, found, chunk)
+            windows = [Window(buffer, [chunk.forward, chunk.backward]) for buffer in buffers.inputs]
+            recordings.put(key, ws.generation, Recording(buffers, found, chunk, windows))
         after = mean_over_events(problem.loss(scores, labels_q), mask_q)
         before = mean_over_events(problem.loss(scores_before, labels_q), mask_q)
         if sizes.reverses:

@@ -7,7 +7,7 @@ Python would cost as much again as the arithmetic. It is to a CPU what a capture
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -76,6 +76,10 @@ class Program:
         """Whether nothing was recorded."""
         return not self._calls
 
+    def inputs(self) -> Iterator[Tensor]:
+        """The tensors that recorded operations are given by position."""
+        return (value for _, values, _ in self._calls for value in values if isinstance(value, Tensor))
+
     def fill_in(self, rates: list[dict[str, float]]) -> None:
         """Rates of the next replays."""
         for options, key, rate in self._open:
@@ -85,6 +89,27 @@ class Program:
         """Run all of it again."""
         for operation, inputs, options in self._calls:
             operation(*inputs, **options)
+
+
+class Window:
+    """All that programs read of one input buffer, moved together to another tensor of its shape: a copy spared."""
+
+    def __init__(self, buffer: Tensor, programs: list[Program]) -> None:
+        # An object of its own: the buffer that was recorded is among what moves.
+        self.buffer = buffer.view(buffer.shape)
+        place = buffer.untyped_storage().data_ptr()
+        found: dict[int, Tensor] = {}
+        for program in programs:
+            for tensor in program.inputs():
+                if tensor.numel() and tensor.untyped_storage().data_ptr() == place:
+                    found[id(tensor)] = tensor
+        self._views = [(t, t.storage_offset() - buffer.storage_offset(), t.shape, t.stride()) for t in found.values()]
+
+    def move(self, to: Tensor) -> None:
+        """Read from `to`, contiguous and of the buffer's shape, until the next move."""
+        storage, start = to.untyped_storage(), to.storage_offset()
+        for view, offset, shape, stride in self._views:
+            view.set_(storage, start + offset, shape, stride)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
 def add_product_sum(into: Tensor, scratch: Tensor, a: Tensor, b: Tensor, sign: float) -> None:

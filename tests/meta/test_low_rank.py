@@ -200,6 +200,20 @@ def test_a_replay_sees_new_values_rates_and_shapes() -> None:
         assert_same(fused(other, "squared", 2, engine=engine), reference(other, "squared", 2))
 
 
+def test_inputs_are_never_written_to_nor_kept() -> None:
+    case = make(sizes=(5, 4, 3))
+    engine = LowRankEngine(case.learner, "squared", chunk=2)
+    for _ in range(3):
+        before = [case.episodes.support.x.detach().clone(), case.episodes.query.x.detach().clone()]
+        fused(case, "squared", 2, engine=engine)
+        assert torch.equal(before[0], case.episodes.support.x)
+        assert torch.equal(before[1], case.episodes.query.x)
+    places = {case.episodes.support.x.untyped_storage().data_ptr(), case.episodes.query.x.untyped_storage().data_ptr()}
+    for _, recording in engine._recordings._chunks.values():
+        for program in (recording.chunk.forward, recording.chunk.backward):
+            assert not places & {t.untyped_storage().data_ptr() for t in program.inputs()}
+
+
 def test_padding_changes_nothing() -> None:
     case = make(sizes=(4, 4, 3))
     expected = fused(case, "squared", 2)
