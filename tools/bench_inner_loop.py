@@ -16,6 +16,7 @@ by the engine's time.
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
 import platform
@@ -168,8 +169,6 @@ def gradient(learner: nn.Module, run: Callable[[int], object], tasks: int) -> Te
 
 def measure(case: Case, rounds: int, threads: int) -> list[dict[str, object]]:
     """Rows of one configuration."""
-    import copy
-
     exact = copy.deepcopy(case.learner).double()
     few = min(8, min(n for _, n in case.engines.values()))
     data = episodes(max(n for _, n in case.engines.values()), case.support, case.width)
