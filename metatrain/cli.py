@@ -79,6 +79,8 @@ class RecommendArguments:
     """A table for people, or JSON lines."""
     keep_seen: bool = False
     """Also recommend what the user has events on."""
+    min_events: int = 0
+    """Leave out items with fewer events of training users: what two people loved may rank high."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -180,7 +182,7 @@ def _recommend(given: list[str]) -> None:
     recommender = Recommender.load(_run_url(subject), checkpoint=options.checkpoint)
     adapted = recommender.adapt(options.events) if options.events else recommender.adapt_users(options.user)
     render = adapted.json_lines if options.format == "json" else adapted.table
-    print(render(options.top, exclude_seen=not options.keep_seen))
+    print(render(options.top, exclude_seen=not options.keep_seen, min_events=options.min_events))
 
 
 def _config(given: list[str]) -> None:

@@ -249,6 +249,8 @@ class ModelConfig(Section):
     """Look each id up once a step."""
     init_scale: PositiveFloat = 0.05
     """Standard deviation of the tables' initial rows."""
+    numeric_scale: PositiveFloat = 0.1
+    """Factor of numeric and vector features: standardised numbers beside small embeddings would rule the inner loop."""
 
 
 class MetaConfig(Section):
@@ -268,6 +270,8 @@ class MetaConfig(Section):
     """What adapts: patterns over the base learner's parameter names (`head.*`, `layers.0.weight`, `*`)."""
     adapt_rows: tuple[str, ...] = ()
     """Features whose gathered embedding rows adapt too, a task its own copy."""
+    engine: Literal["auto", "low_rank", "vmap"] = "auto"
+    """Inner-loop engine: auto chooses by counted cost, and logs why. All give the same gradient."""
     chunk: NotNegative = 0
     """Tasks adapted at a time: bounds memory. 0: all tasks of the step."""
     loss: Literal["squared", "absolute", "huber", "binary_cross_entropy"] = "squared"

@@ -9,7 +9,7 @@ import os
 import posixpath
 import uuid
 from collections.abc import Callable
-from typing import IO, Any, TypeVar
+from typing import IO, Any, TypeVar, cast
 
 import fsspec
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
@@ -64,7 +64,7 @@ def exists(url: str) -> bool:
 def size(url: str) -> int:
     """A file's size in bytes."""
     fs, path = filesystem(url)
-    return int(retried(lambda: fs.size(path)))
+    return int(cast(int, retried(lambda: fs.size(path))))
 
 
 def list_folder(url: str) -> list[str]:
@@ -114,7 +114,7 @@ def open_file(url: str, mode: str = "rb", **options: Any) -> IO[Any]:
     """Opens a file; `FileNotFoundError` becomes a `StorageError`."""
     fs, path = filesystem(url)
     try:
-        return retried(lambda: fs.open(path, mode, **options))
+        return cast(IO[Any], retried(lambda: fs.open(path, mode, **options)))
     except FileNotFoundError as error:
         raise StorageError("There is no such file.", where=url, remedy="Check the path.") from error
 

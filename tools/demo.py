@@ -44,7 +44,7 @@ def main() -> None:
         key for _, keys in iterate(config.data.dataset, Split.TEST, ItemSet.ALL, usual, keys=True) for key in keys
     )
     print(f"\nUser {user} is a test user: no event of theirs was seen in training.")
-    run("recommend", RECIPE, "--user", user, "--top", "10")
+    run("recommend", RECIPE, "--user", user, "--top", "10", "--min_events", "20")
     print(f"\nAll done in {time.monotonic() - start:.0f} s. The curves of training:")
     print(f"  .venv/bin/tensorboard --logdir {config.run_url}/tensorboard")
     print(f"The table and the plot: {config.run_url}/evaluation.json, {config.run_url}/evaluation.png")

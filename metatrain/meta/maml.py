@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metatrain.meta.engine import Engine, FastWeights, Tensors, VmapEngine, rows_key
+from metatrain.meta.engine import FastWeights, Tensors, rows_key
 from metatrain.meta.episode import Episodes, Examples
-from metatrain.meta.losses import event_loss, mean_over_events
+from metatrain.meta.losses import event_loss
+from metatrain.meta.low_rank_choice import ChoosingEngine, EngineName
 
 
 class QueryLoss(NamedTuple):
@@ -46,6 +47,7 @@ class MAML(nn.Module):
         loss, inner_loss: Names of the query's and the support's event loss (see `losses.event_loss`).
         huber_delta: For the Huber loss.
         precision: Type of the base learner's products under torch.autocast; losses stay in the labels' type.
+        engine: auto, low_rank or vmap: the inner loop's engine (see `low_rank_choice`); the gradient is the same.
 
     Raises:
         ValueError: A pattern that matches no parameter, or an unknown loss.
@@ -66,14 +68,16 @@ class MAML(nn.Module):
         inner_loss: str | None = None,
         huber_delta: float = 1.0,
         precision: torch.dtype | None = None,
+        engine: EngineName = "auto",
     ) -> None:
         super().__init__()
         self.learner = learner
         self.steps, self.chunk = steps, chunk
         self.adapted = matching_parameters(learner, adapt)
         self.adapt_rows = tuple(sorted(adapt_rows))
-        self._loss = event_loss(loss, huber_delta)
-        self._engine: Engine = VmapEngine(learner, event_loss(inner_loss or loss, huber_delta), order, precision)
+        self._loss = loss
+        event_loss(loss)  # an unknown name is refused here
+        self._engine = ChoosingEngine(learner, inner_loss or loss, order, huber_delta, precision, chunk, engine)
         #: What the columns of `rates` belong to.
         self.rate_names = (*self.adapted, *(rows_key(name) for name in self.adapt_rows))
         rates = torch.full((steps, len(self.rate_names)), float(rate))
@@ -99,27 +103,23 @@ class MAML(nn.Module):
 
     def forward(self, episodes: Episodes) -> QueryLoss:
         """The sum of the tasks' query losses after adaptation, and each before and after."""
-        if self.chunk and self.chunk < episodes.size:
+        fuses = self._engine.fuses(self.adapted, self.steps, episodes)
+        if self.chunk and self.chunk < episodes.size and not fuses:
             return self._by_chunks(episodes)
         return self._query_loss(self._parameters_and_buffers(), self.rates, episodes)
 
     def _query_loss(self, parameters: Tensors, rates: Tensor, episodes: Episodes) -> QueryLoss:
-        fast = self._adapt(parameters, rates, episodes.support, episodes.rows)
-        after = self._task_losses(self._engine.predict(parameters, fast, episodes.query), episodes.query)
-        with torch.no_grad():
-            shared = FastWeights({}, episodes.rows)
-            before = self._task_losses(self._engine.predict(parameters, shared, episodes.query), episodes.query)
-        return QueryLoss(after.sum(), after.detach(), before)
-
-    def _task_losses(self, scores: Tensor, query: Examples) -> Tensor:
-        return mean_over_events(self._loss(scores, query.labels), query.mask)
+        steps = self._step_rates(rates, self.steps)
+        return QueryLoss(*self._engine.query_loss(parameters, self.adapted, steps, episodes, self._loss))
 
     def _adapt(
         self, parameters: Tensors, rates: Tensor, support: Examples, rows: Tensors, steps: int | None = None
     ) -> FastWeights:
         taken = self.steps if steps is None else min(steps, self.steps)
-        step_rates = [dict(zip(self.rate_names, rates[step].unbind(), strict=True)) for step in range(taken)]
-        return self._engine.adapt(parameters, self.adapted, step_rates, support, rows)
+        return self._engine.adapt(parameters, self.adapted, self._step_rates(rates, taken), support, rows)
+
+    def _step_rates(self, rates: Tensor, taken: int) -> list[Tensors]:
+        return [dict(zip(self.rate_names, rates[step].unbind(), strict=True)) for step in range(taken)]
 
     def _parameters_and_buffers(self) -> Tensors:
         return {**dict(self.learner.named_parameters()), **dict(self.learner.named_buffers())}

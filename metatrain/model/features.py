@@ -86,7 +86,7 @@ class Featurizer(nn.Module):
                 )
         if not self.features:
             raise ConfigError("The model has no features.", where="model.features", remedy="Name at least one.")
-        self._id_dropout, self._seed = config.id_dropout, seed
+        self._id_dropout, self._numeric_scale, self._seed = config.id_dropout, config.numeric_scale, seed
         self._fixed = {
             level: tuple(f for f in self.features if f.level is level and f.name not in self.adapted) for level in Level
         }
@@ -138,7 +138,7 @@ class Featurizer(nn.Module):
                 parts.append(rows[feature.name])
             else:
                 assert isinstance(column, Tensor)
-                parts.append(column.to(torch.float32).reshape(n, _width(feature)))
+                parts.append(column.to(torch.float32).reshape(n, _width(feature)) * self._numeric_scale)
         return torch.cat(parts, dim=1)
 
     def assemble(self, batch: TaskBatch, rows: Mapping[str, Tensor], ids: Mapping[str, Tensor]) -> Assembled:

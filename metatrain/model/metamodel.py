@@ -235,6 +235,7 @@ def build_model(
                 inner_loss=meta.inner_loss,
                 huber_delta=meta.huber_delta,
                 precision=_PRECISIONS[config.train.precision],
+                engine=meta.engine,
             )
         except ValueError as error:
             raise ConfigError(

@@ -46,33 +46,34 @@ class Adapted:
         self.recommender, self.requests = recommender, requests
         self.users, self.warnings = list(requests.users), list(requests.warnings)
         self.unknown_items = dict(requests.unknown_items)
-        self._ranked: dict[tuple[int, bool], tuple[list[Ranking], list[Ranking]]] = {}
+        self._ranked: dict[tuple[int, bool, int], tuple[list[Ranking], list[Ranking]]] = {}
 
-    def top(self, k: int = 10, exclude_seen: bool = True) -> list[Ranking]:
+    def top(self, k: int = 10, exclude_seen: bool = True, min_events: int = 0) -> list[Ranking]:
         """Each user's k best items after adaptation; equal scores in the catalogue's order.
 
         Args:
             k: Length of a ranking; shorter where the catalogue has no more.
             exclude_seen: Whether items that a user has events on are left out.
+            min_events: Items with fewer training events are left out: an item that two people loved may rank high.
         """
-        return self._rankings(k, exclude_seen)[1]
+        return self._rankings(k, exclude_seen, min_events)[1]
 
     @property
     def unadapted(self) -> Unadapted:
         """The same users before adaptation."""
         return Unadapted(self)
 
-    def table(self, k: int = 10, exclude_seen: bool = True) -> str:
+    def table(self, k: int = 10, exclude_seen: bool = True, min_events: int = 0) -> str:
         """Both rankings side by side, a block a user, in plain text."""
         from metatrain.recommend.rendering import side_by_side
 
-        return side_by_side(self, k, exclude_seen)
+        return side_by_side(self, k, exclude_seen, min_events)
 
-    def json_lines(self, k: int = 10, exclude_seen: bool = True) -> str:
+    def json_lines(self, k: int = 10, exclude_seen: bool = True, min_events: int = 0) -> str:
         """A JSON object a user: `user`, `support`, `adapted` and `unadapted` (lists of item, title, score)."""
         from metatrain.recommend.rendering import as_json_lines
 
-        return as_json_lines(self, k, exclude_seen)
+        return as_json_lines(self, k, exclude_seen, min_events)
 
     def explain(self, item: str, top: int = 3, user: str | None = None) -> Explanation:
         """Why an item has its score for a user: what adaptation changed, and which support events did most.
@@ -96,19 +97,20 @@ class Adapted:
             )
         return self.users.index(user)
 
-    def _rankings(self, k: int, exclude_seen: bool) -> tuple[list[Ranking], list[Ranking]]:
+    def _rankings(self, k: int, exclude_seen: bool, min_events: int) -> tuple[list[Ranking], list[Ranking]]:
         if k < 1:
             raise RequestError("A ranking has one item at least.", got=k, remedy="Ask for 1 or more.")
-        if (k, exclude_seen) not in self._ranked:
-            parts = list(self._by_users(k, exclude_seen))
-            self._ranked[k, exclude_seen] = (
-                [r for part in parts for r in part[0]],
-                [r for part in parts for r in part[1]],
-            )
-        return self._ranked[k, exclude_seen]
+        asked = (k, exclude_seen, min_events)
+        if asked not in self._ranked:
+            parts = list(self._by_users(*asked))
+            self._ranked[asked] = ([r for part in parts for r in part[0]], [r for part in parts for r in part[1]])
+        return self._ranked[asked]
 
-    def _by_users(self, k: int, exclude_seen: bool) -> Iterator[tuple[list[Ranking], list[Ranking]]]:
-        catalogue = len(self.recommender.dataset.catalogue.new)
+    def _by_users(
+        self, k: int, exclude_seen: bool, min_events: int
+    ) -> Iterator[tuple[list[Ranking], list[Ranking]]]:
+        catalogue = len(self.recommender.dataset.catalogue)
+        rare = self.recommender.dataset.catalogue.training_events < min_events
         width = min(catalogue, ITEMS_AT_A_TIME)
         users_at_a_time = max(1, PAIRS_AT_A_TIME // max(1, width))
         for start in range(0, len(self.users), users_at_a_time):
@@ -120,6 +122,7 @@ class Adapted:
                 hidden = (
                     self._seen(tasks, low, len(items)) if exclude_seen else np.zeros((len(tasks), len(items)), bool)
                 )
+                hidden = hidden | rare[items]
                 for merged, scores in zip(best, score(items), strict=True):
                     merged.add(items, np.where(hidden, -np.inf, scores))
             yield self._named(best[0]), self._named(best[1])
@@ -152,9 +155,9 @@ class Unadapted:
     def __init__(self, adapted: Adapted) -> None:
         self.users, self._adapted = adapted.users, adapted
 
-    def top(self, k: int = 10, exclude_seen: bool = True) -> list[Ranking]:
+    def top(self, k: int = 10, exclude_seen: bool = True, min_events: int = 0) -> list[Ranking]:
         """Each user's k best items before adaptation; see `Adapted.top`."""
-        return self._adapted._rankings(k, exclude_seen)[0]
+        return self._adapted._rankings(k, exclude_seen, min_events)[0]
 
 
 class _Best:

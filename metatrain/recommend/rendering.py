@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,11 +14,10 @@ if TYPE_CHECKING:
 _TITLE = 44
 
 
-def side_by_side(adapted: Adapted, k: int, exclude_seen: bool) -> str:
+def side_by_side(adapted: Adapted, k: int, exclude_seen: bool, min_events: int) -> str:
     """A block a user: rank, title and score before adaptation, the same after; `+` marks what adaptation brought in."""
     blocks = []
-    rankings = zip(adapted.users, adapted.unadapted.top(k, exclude_seen), adapted.top(k, exclude_seen), strict=True)
-    for place, (user, before, after) in enumerate(rankings):
+    for place, (user, before, after) in enumerate(_rankings(adapted, k, exclude_seen, min_events)):
         known = {line.item for line in before}
         width = min(_TITLE, max((_width(line.title) for line in [*before, *after]), default=0))
         width = max(width, len("before adaptation") - 8)
@@ -38,11 +38,10 @@ def side_by_side(adapted: Adapted, k: int, exclude_seen: bool) -> str:
     return "\n\n".join(blocks + (["\n".join(notes)] if notes else []))
 
 
-def as_json_lines(adapted: Adapted, k: int, exclude_seen: bool) -> str:
+def as_json_lines(adapted: Adapted, k: int, exclude_seen: bool, min_events: int) -> str:
     """One object a user; what was left out is in the `warnings` of each."""
     lines = []
-    rankings = zip(adapted.users, adapted.unadapted.top(k, exclude_seen), adapted.top(k, exclude_seen), strict=True)
-    for place, (user, before, after) in enumerate(rankings):
+    for place, (user, before, after) in enumerate(_rankings(adapted, k, exclude_seen, min_events)):
         content = {
             "user": user,
             "support": len(adapted.requests.supports[place][0]),
@@ -52,6 +51,14 @@ def as_json_lines(adapted: Adapted, k: int, exclude_seen: bool) -> str:
         }
         lines.append(json.dumps(content, ensure_ascii=False))
     return "\n".join(lines)
+
+
+def _rankings(
+    adapted: Adapted, k: int, exclude_seen: bool, min_events: int
+) -> Iterator[tuple[str, list[Recommendation], list[Recommendation]]]:
+    """Each user's key, ranking before adaptation, and after."""
+    asked = (k, exclude_seen, min_events)
+    return zip(adapted.users, adapted.unadapted.top(*asked), adapted.top(*asked), strict=True)
 
 
 def _line(line: Recommendation | None, width: int) -> str:

@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import pyarrow.fs
 import ray
@@ -126,12 +126,16 @@ class Teller:
         return self._fatal
 
 
+def _fatal(teller: Any) -> MetatrainError | None:
+    return cast("MetatrainError | None", ray.get(teller.fatal.remote()))
+
+
 def _worker_loop(settings: dict[str, Any]) -> None:
     """What Ray Train runs on every worker."""
     import torch
 
     teller = settings["teller"]
-    if ray.get(teller.fatal.remote()) is not None:
+    if _fatal(teller):
         return  # Ray Train starts failed workers again; an error in the input would only come again.
     logging.basicConfig(level=logging.WARNING)
     config = validated(settings["config"], where=settings["where"])
@@ -179,7 +183,7 @@ def _fit(config: Config) -> None:
         with _shown(teller):
             trainer.fit()
     except TrainingFailedError as error:
-        if (fatal := ray.get(teller.fatal.remote())) is not None:
+        if fatal := _fatal(teller):
             raise fatal from None
         raise TrainingError(
             f"Training failed more often than `train.max_failures` allows ({config.train.max_failures}).",
@@ -187,7 +191,7 @@ def _fit(config: Config) -> None:
             got=str(error)[-2000:],
             remedy="Mend the cause; the same command goes on from the last checkpoint.",
         ) from error
-    if (fatal := ray.get(teller.fatal.remote())) is not None:
+    if fatal := _fatal(teller):
         raise fatal
 
 

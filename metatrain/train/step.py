@@ -28,7 +28,8 @@ class Outcome:
 
     output: StepOutput
     gradient_norm: Tensor  # of the dense meta-gradient, before clipping
-    share: float  # of the peak rates
+    rate: float  # of the dense parameters
+    table_rate: float
 
 
 def training_step(
@@ -44,12 +45,11 @@ def training_step(
     tasks = torch.tensor(float(batch.size), dtype=torch.float64, device=batch.labels.device)
     dist.all_reduce(tasks)
     share = rate_share(config.train.optimizer, step, last)
-    # The tables are updated inside backward: their rate is set before.
-    distributed.set_table_rate(share * config.train.optimizer.table_rate)
+    rate, table_rate = share * config.train.optimizer.rate, share * config.train.optimizer.table_rate
+    distributed.set_table_rate(table_rate)  # before backward, which updates the tables
     output: StepOutput = distributed.module(batch, step, tasks.clamp(min=1.0).to(batch.labels.dtype), world_size)
     output.loss.backward()
-    norm = optimizer.update(share * config.train.optimizer.rate)
-    return Outcome(output, norm, share)
+    return Outcome(output, optimizer.update(rate), rate, table_rate)
 
 
 def open_reader(dataset: TaskDataset, config: Config, split: Split) -> BatchReader:
@@ -72,7 +72,7 @@ def mean_inner_rates(meta: MAML) -> dict[str, float]:
     if not meta.rates.numel():
         return {}
     means = meta.rates.detach().mean(0).tolist()
-    return {f"rates/{name}": rate for name, rate in zip(meta.rate_names, means, strict=True)}
+    return {f"rates/inner {name}": rate for name, rate in zip(meta.rate_names, means, strict=True)}
 
 
 def validation_losses(
@@ -146,7 +146,8 @@ class Totals:
             "learning/gain": (before - after) / count,
             "learning/improved_share": improved / count,
             "health/gradient_norm": float(self._last.gradient_norm),
-            "health/rate_share": self._last.share,
+            "rates/outer": self._last.rate,
+            "rates/tables": self._last.table_rate,
             "health/skipped_tasks": skipped,
             "speed/tasks_per_second": tasks / seconds,
             "speed/events_per_second": events / seconds,

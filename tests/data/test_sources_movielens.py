@@ -142,7 +142,7 @@ def test_clicks_of_ratings(tmp_path: Path):
 
 def test_features_are_chosen_by_name(tmp_path: Path):
     folder = str(write(tmp_path, "1m"))
-    year = FeatureSource(name="year", level="item", kind="categorical", width=3)
+    year = FeatureSource(name="year", level="item", kind="categorical", width=4)
     assert read_source(PrepareConfig(source="movielens", path=folder, features=(year,))).features == (year,)
     typo = FeatureSource(name="occupatoin", level="task", kind="categorical")
     with pytest.raises(ConfigError, match="no such feature") as error:

@@ -241,7 +241,7 @@ class Reference:
     def _value(self, name: str, rows: dict | None, batch: TaskBatch, task: int, event: int) -> Tensor:
         feature, column, entity = self._place(name, batch, task, event)
         if not feature.embedded:
-            return torch.as_tensor(column[entity], dtype=torch.float64).reshape(-1)
+            return torch.as_tensor(column[entity], dtype=torch.float64).reshape(-1) * self.config.model.numeric_scale
         table = self.tables[str(feature.table)]
         found = [table[i] if rows is None else rows[name, i] for i in ids_of(column, entity)]
         return torch.stack(found).mean(0) if found else torch.zeros(table.shape[1], dtype=torch.float64)

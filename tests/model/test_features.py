@@ -55,7 +55,7 @@ def two_tasks() -> TaskBatch:
 
 
 def assembled(adapt_rows: tuple[str, ...] = ()):
-    featurizer = Featurizer(SCHEMA, ModelConfig(), adapt_rows)
+    featurizer = Featurizer(SCHEMA, ModelConfig(numeric_scale=0.5), adapt_rows)
     tables = Tables(featurizer.table_specs(), dedup=True, seed=1, scale=1.0)
     batch = two_tasks()
     ids = featurizer.ids(batch)
@@ -71,12 +71,12 @@ def test_inputs_are_task_then_item_then_event_features() -> None:
     assert episodes.support.x.shape[:2] == (2, 2)
     assert episodes.query.x.shape[:2] == (2, 2)
     likes, genre = rows["genre"][[1, 2]].mean(0), rows["genre"][[3, 4]].mean(0)
-    expected = torch.cat([likes, rows["item"][7], genre, torch.tensor([0.5, 0.0, 1.0])])
+    expected = torch.cat([likes, rows["item"][7], genre, 0.5 * torch.tensor([0.5, 0.0, 1.0])])
     torch.testing.assert_close(episodes.support.x[0, 0], expected)
     # B has no genre and task 1 likes nothing: zeros, not the unknown row.
     torch.testing.assert_close(episodes.support.x[0, 1, 5:7], torch.zeros(2))
     torch.testing.assert_close(episodes.query.x[1, :, :2], torch.zeros(2, 2))
-    torch.testing.assert_close(episodes.query.x[1, 1, 8:], torch.tensor([8.0, 9.0]))
+    torch.testing.assert_close(episodes.query.x[1, 1, 8:], 0.5 * torch.tensor([8.0, 9.0]))
 
 
 def test_padding_is_masked_and_zero() -> None:

@@ -72,6 +72,15 @@ def test_seen_items_are_kept_on_request_and_never_shown_otherwise(recommender):
     assert not {"item3", "item4", "item9"} & {line.item for line in adapted.top(1000)[0]}
 
 
+def test_rare_items_are_left_out_on_request(recommender):
+    events = recommender.dataset.catalogue.training_events
+    least = int(np.median(events))
+    assert 0 < (events < least).sum() < len(events)
+    listed = recommender.adapt(EVENTS).top(1000, exclude_seen=False, min_events=least)[0]
+    common = recommender.dataset.catalogue.keys[events >= least]
+    assert {line.item for line in listed} == set(common)
+
+
 def test_events_too_old_for_the_support_still_count_as_seen(recommender):
     events = [{"item": f"item{i}", "label": 3, "timestamp": i} for i in range(10)]
     adapted = recommender.adapt(events)

@@ -52,7 +52,8 @@ def test_training_learns_validates_and_keeps_the_checkpoints_it_should(one_worke
     losses = list(curve(one_worker, "learning/loss_after").values())
     assert sum(losses[-20:]) < 0.9 * sum(losses[:20])
     validation = curve(one_worker, "validation/loss_after")
-    assert list(validation) == [25, 50, 75, 100]
+    assert len(validation) == 4  # once an epoch, and at the last step
+    assert max(validation) == 100
     best = min(validation, key=validation.__getitem__)
     steps = committed_steps(one_worker.run_url)
     assert best_step(one_worker.run_url) == best
@@ -83,8 +84,9 @@ def test_a_missing_dataset_a_truncated_shard_and_an_unknown_feature_are_refused(
     url = str(tmp_path / "dataset")
     manifest = write_tiny_dataset(url)
     check(recipe(url, runs, "x"))
-    with pytest.raises(ConfigError, match="feature"):
-        check(recipe(url, runs, "x", model={"features": ["item", "colour"]}))
+    with pytest.raises(ConfigError, match="no feature of this name") as unknown:
+        check(recipe(url, runs, "x", model={"features": ["item", "color"]}))
+    assert "Did you mean 'colour'?" in str(unknown.value)
     with pytest.raises(ConfigError, match="matches no parameter"):
         check(recipe(url, runs, "x", meta={"adapt": ["nothing.*"]}))
     shard = Path(url) / manifest.shards[0].path
