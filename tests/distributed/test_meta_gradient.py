@@ -6,7 +6,7 @@ The tables' gradient is read off their fused update: with SGD, rows after - rows
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,7 @@ class Setting:
     steps: int = 2
     decay: float = 0.0
     least_support: int = 0
+    engine: str = "auto"
 
     @property
     def config(self) -> Config:
@@ -55,6 +56,7 @@ class Setting:
                     "order": self.order,
                     "adapt_rows": ROWS if self.rows else (),
                     "chunk": self.chunk,
+                    "engine": self.engine,
                     "loss": self.loss,
                     "inner_loss": "squared" if self.loss == "absolute" else None,
                     "learned_rates": self.rates,
@@ -78,7 +80,7 @@ class Setting:
 
 
 def grid() -> list[Setting]:
-    """First and second order × rows × dedup × chunks, the other settings taking turns; then some corners."""
+    """First and second order × rows × dedup × chunks × engines, other settings taking turns; then some corners."""
     found = []
     for order in (1, 2):
         for rows in (False, True):
@@ -91,8 +93,11 @@ def grid() -> list[Setting]:
                             (("*",), ("head.*",), ("layers.1.*", "head.bias"))[turn % 3], decay=0.01 * (turn % 2),
                         )
                     )  # fmt: skip
+    # Where no rows adapt, both engines serve.
+    both = [replace(s, engine=engine) for s in found if not s.rows for engine in ("low_rank", "vmap")]
     return [
-        *found,
+        *(s for s in found if s.rows),
+        *both,
         Setting(2, True, True, 0, steps=0),
         Setting(2, True, True, 0, steps=4, least_support=2),
         Setting(2, False, True, 0, rates="none", decay=0.1),

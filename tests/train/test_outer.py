@@ -12,7 +12,7 @@ from torch import nn
 from metatrain.config import Config, EarlyStopping, OptimizerConfig
 from metatrain.errors import CheckpointError
 from metatrain.train.early_stopping import Patience
-from metatrain.train.identity import check_identity, identity
+from metatrain.checkpoint.identity import check_identity, identity
 from metatrain.train.outer import DenseOptimizer, rate_share
 
 
