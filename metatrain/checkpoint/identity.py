@@ -1,4 +1,7 @@
-"""What must be equal for a run to go on: the same model, plan and optimizers over the same dataset."""
+"""What must be equal for a run to go on: the same model, plan and optimizers over the same dataset.
+
+To score with a checkpoint less must be equal: the model, the meta-learner and the dataset.
+"""
 
 from __future__ import annotations
 
@@ -33,16 +36,40 @@ def check_identity(saved: dict[str, Any], current: dict[str, Any], where: str) -
     Raises:
         CheckpointError: Names every field that differs, with both values.
     """
-    names = sorted(saved.keys() | current.keys())
-    differing = [n for n in names if saved.get(n) != current.get(n)]
-    if differing:
-        shown = "; ".join(f"{n}: was {saved.get(n)!r}, is {current.get(n)!r}" for n in differing[:8])
+    if shown := _differing(saved, current):
         raise CheckpointError(
             "The run's checkpoint is of another model or plan than this configuration.",
             where=where,
-            got=shown + (f"; and {len(differing) - 8} more" if len(differing) > 8 else ""),
+            got=shown,
             remedy="Give the new configuration another `run.name`, or restore the values that differ.",
         )
+
+
+def check_scoring(saved: dict[str, Any], current: dict[str, Any], where: str) -> None:
+    """Refuses to score with a checkpoint of another model, meta-learner or dataset; how it was trained is not asked.
+
+    Raises:
+        CheckpointError: Names every field that differs, with both values.
+    """
+    # The inner rule is no tensor: a state dict fits whatever `meta.steps` or `model.activation` say.
+    saved, current = (
+        {name: v for name, v in identity.items() if name == "dataset" or name.startswith(("model.", "meta."))}
+        for identity in (saved, current)
+    )
+    if shown := _differing(saved, current):
+        raise CheckpointError(
+            "The run's configuration does not fit its checkpoint: it would score as another model than was trained.",
+            where=where,
+            got=shown,
+            remedy="Restore these fields in the run's config.yaml, or train a run of another `run.name` with them.",
+        )
+
+
+def _differing(saved: dict[str, Any], current: dict[str, Any]) -> str:
+    """The fields that differ, with both values, in words; empty where none does."""
+    differing = [n for n in sorted(saved.keys() | current.keys()) if saved.get(n) != current.get(n)]
+    shown = "; ".join(f"{n}: was {saved.get(n)!r}, is {current.get(n)!r}" for n in differing[:8])
+    return shown + (f"; and {len(differing) - 8} more" if len(differing) > 8 else "")
 
 
 def _flat(value: Any, name: str) -> dict[str, Any]:

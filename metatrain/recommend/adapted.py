@@ -106,9 +106,7 @@ class Adapted:
             self._ranked[asked] = ([r for part in parts for r in part[0]], [r for part in parts for r in part[1]])
         return self._ranked[asked]
 
-    def _by_users(
-        self, k: int, exclude_seen: bool, min_events: int
-    ) -> Iterator[tuple[list[Ranking], list[Ranking]]]:
+    def _by_users(self, k: int, exclude_seen: bool, min_events: int) -> Iterator[tuple[list[Ranking], list[Ranking]]]:
         catalogue = len(self.recommender.dataset.catalogue)
         rare = self.recommender.dataset.catalogue.training_events < min_events
         width = min(catalogue, ITEMS_AT_A_TIME)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from metatrain.checkpoint import load_for_inference
+from metatrain.checkpoint.identity import check_scoring, identity
 from metatrain.config import Config
 from metatrain.data.batch import Column, Ragged, TaskBatch
 from metatrain.data.columns import stored, take
@@ -67,7 +68,7 @@ class Recommender:
             device: Where the model computes.
 
         Raises:
-            CheckpointError: No checkpoint, or one of another model or dataset.
+            CheckpointError: No checkpoint, or one of another model or dataset, or a config.yaml that doesn't fit it.
             DatasetError: The dataset is missing or broken.
         """
         loaded = load_for_inference(run_url, checkpoint)
@@ -81,6 +82,8 @@ class Recommender:
                 got=f"fingerprint {opened.fingerprint[:12]}, trained on {str(trained_on)[:12]}",
                 remedy="Prepare it again as it was, train again, or name the right one.",
             )
+        current = identity(loaded.config, opened.fingerprint)
+        check_scoring(loaded.marker.identity, current, f"{run_url}: config.yaml, checkpoint {loaded.step}")
         model = build_model(opened.schema, loaded.config, torch.device(device))
         try:
             model.load_state_dict(loaded.state)

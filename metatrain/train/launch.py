@@ -21,13 +21,13 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from metatrain import storage
 from metatrain.checkpoint import committed_steps, read_marker
+from metatrain.checkpoint.identity import check_identity, identity
 from metatrain.config import Config, to_yaml, validated
 from metatrain.data.dataset import TaskDataset
 from metatrain.data.manifest import Split
 from metatrain.errors import ConfigError, MetatrainError, TrainingError
 from metatrain.model.metamodel import build_model
 from metatrain.observe.progress import TrainingProgress
-from metatrain.train.identity import check_identity, identity
 from metatrain.train.step import open_reader
 from metatrain.train.worker import Seat, train
 

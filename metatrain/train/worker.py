@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from metatrain.checkpoint import MODEL, Cursor, committed_steps, load_checkpoint, read_marker, save_checkpoint
+from metatrain.checkpoint.identity import check_identity, identity
 from metatrain.config import Config
 from metatrain.data.dataset import TaskDataset
 from metatrain.data.manifest import Split
@@ -24,7 +25,6 @@ from metatrain.model.metamodel import build_model
 from metatrain.model.tables import OPTIMIZER_PREFIX, distribute
 from metatrain.observe.tensorboard import Board
 from metatrain.train.early_stopping import Patience
-from metatrain.train.identity import check_identity, identity
 from metatrain.train.outer import DenseOptimizer
 from metatrain.train.run_text import write_texts
 from metatrain.train.step import Totals, mean_inner_rates, open_reader, training_step, validation_losses

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from metatrain.checkpoint.identity import identity
 from metatrain.data.assemble import batch_from_events
 from metatrain.data.manifest import ItemSet, Split
 from metatrain.data.reader import iterate
@@ -214,9 +215,8 @@ def loaded(recommender: Recommender, fingerprint: str, drop: bool = False):
     state = dict(recommender.model.state_dict())
     if drop:
         state.popitem()
-    return SimpleNamespace(
-        config=recommender.config, state=state, step=3, marker=SimpleNamespace(identity={"dataset": fingerprint})
-    )
+    marker = SimpleNamespace(identity=identity(recommender.config, fingerprint))
+    return SimpleNamespace(config=recommender.config, state=state, step=3, marker=marker)
 
 
 def test_load_gives_the_model_back(recommender, monkeypatch):
@@ -234,6 +234,29 @@ def test_load_refuses_another_dataset_and_another_model(recommender, monkeypatch
     monkeypatch.setattr(recommender_module, "load_for_inference", lambda url, step: content)
     with pytest.raises(CheckpointError, match="another model"):
         Recommender.load("runs/some")
+
+
+@pytest.mark.parametrize(
+    ("section", "changed", "refused"),
+    [
+        ("meta", {"steps": 4}, "meta.steps: was 2, is 4"),
+        ("model", {"activation": "tanh"}, "model.activation: was 'relu', is 'tanh'"),
+        ("meta", {"chunk": 3, "engine": "vmap"}, None),
+        ("train", {"seed": 9}, None),
+    ],
+)
+def test_load_refuses_a_configuration_that_scores_otherwise(recommender, monkeypatch, section, changed, refused):
+    content = loaded(recommender, recommender.dataset.fingerprint)
+    part = getattr(recommender.config, section).model_copy(update=changed)
+    content.config = recommender.config.model_copy(update={section: part})
+    monkeypatch.setattr(recommender_module, "load_for_inference", lambda url, step: content)
+    if refused is None:
+        Recommender.load("runs/some")
+        return
+    with pytest.raises(CheckpointError, match="does not fit") as error:
+        Recommender.load("runs/some")
+    assert error.value.got == refused
+    assert "config.yaml" in error.value.remedy
 
 
 def test_evaluation_of_the_first_tasks_alone_says_so(recommender):

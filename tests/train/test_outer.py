@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from metatrain.checkpoint.identity import check_identity, identity
 from metatrain.config import Config, EarlyStopping, OptimizerConfig
 from metatrain.errors import CheckpointError
 from metatrain.train.early_stopping import Patience
-from metatrain.checkpoint.identity import check_identity, identity
 from metatrain.train.outer import DenseOptimizer, rate_share
 
 
