@@ -109,9 +109,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except MetatrainError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        sys.exit(130)
     except BrokenPipeError:
         # The reader of our output went away (`| head`): no error, and nothing more to print.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _subject(given: list[str], command: str, what: str) -> tuple[str, list[str]]:

@@ -351,12 +351,18 @@ class TrainConfig(Section):
     """When to end before the last epoch."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Checkpoints."""
-    max_failures: int = 3
+    max_failures: Annotated[int, Field(ge=-1)] = 3
     """Restarts of the worker group after failures. -1: without bound."""
     log_every: Positive = 10
     """Steps between lines in TensorBoard."""
     seed: int = 0
     """Seed of the initial weights and of the epoch plans."""
+
+    @model_validator(mode="after")
+    def _stops_by_what_is_measured(self) -> TrainConfig:
+        if self.early_stopping.patience and not self.validate_every:
+            raise ValueError("early_stopping.patience needs validations: set validate_every to 1 or more")
+        return self
 
 
 class EvaluateConfig(Section):

@@ -41,10 +41,12 @@ class Marker(BaseModel):
     version: int
     release: str
     cursor: Cursor
-    #: What must be equal for a run to go on from here: see `train.identity`.
+    #: What must be equal for a run to go on from here: see `checkpoint.identity`.
     identity: dict[str, Any]
     #: State of the loop besides tensors: early stopping, best loss.
     loop: dict[str, Any]
+    #: The resolved configuration.
+    configuration: dict[str, Any]
     metrics: dict[str, float]
     world_size: int
 
@@ -61,9 +63,12 @@ def checkpoint_url(run_url: str, total: int) -> str:
 
 def committed_steps(run_url: str) -> list[int]:
     """Steps of the run's whole checkpoints, ascending."""
-    folder = checkpoints_url(run_url)
-    steps = [int(match[1]) for name in storage.list_folder(folder) if (match := _NAME.match(name))]
-    return sorted(step for step in steps if storage.exists(storage.join(checkpoint_url(run_url, step), MARKER)))
+    return [s for s in _folders(run_url) if storage.exists(storage.join(checkpoint_url(run_url, s), MARKER))]
+
+
+def _folders(run_url: str) -> list[int]:
+    names = storage.list_folder(checkpoints_url(run_url))
+    return sorted(int(match[1]) for name in names if (match := _NAME.match(name)))
 
 
 def read_marker(run_url: str, step: int) -> Marker:
@@ -116,8 +121,14 @@ def best_step(run_url: str) -> int:
 
 
 def prune(run_url: str, keep: int) -> list[int]:
-    """Removes all whole checkpoints but the newest `keep` and the best, markers first. Returns the removed steps."""
+    """Removes all whole checkpoints but the newest `keep` and the best, markers first. Returns the removed steps.
+
+    What killed attempts left below the newest whole checkpoint goes too.
+    """
     steps = committed_steps(run_url)
+    for step in _folders(run_url):
+        if steps and step < steps[-1] and step not in steps:
+            storage.remove(checkpoint_url(run_url, step))
     kept = {*steps[-keep:], best_step(run_url)} if steps else set()
     removed = [step for step in steps if step not in kept]
     for step in removed:

@@ -12,9 +12,8 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from metatrain import storage
 from metatrain.checkpoint.format import Marker, best_step, checkpoint_url, read_marker
-from metatrain.config import Config, load_config
+from metatrain.config import Config, validated
 from metatrain.errors import CheckpointError
 
 #: Prefix of the model's tensors in a checkpoint's state.
@@ -57,7 +56,7 @@ def load_for_inference(run_url: str, step: int | None = None) -> Loaded:
     step = best_step(run_url) if step is None else step
     marker = read_marker(run_url, step)
     state = read_tensors(run_url, step, MODEL)
-    config = load_config(storage.join(run_url, "config.yaml"))
+    config = validated(marker.configuration, where=checkpoint_url(run_url, step))
     return Loaded(config, {name.removeprefix(MODEL): tensor for name, tensor in state.items()}, marker, step)
 
 

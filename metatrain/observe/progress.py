@@ -36,8 +36,10 @@ class TrainingProgress:
             self._say(f"step {message['step']}: validation loss {message['validation_loss']:.4f}{best}")
         elif "step" in message:
             self._step(message)
-        if "done" in message and self._bar is None:
-            self._say(f"training is at its end: {message['done']} steps")
+        if message.get("stopped_early"):
+            self._say("the validation loss has stopped falling")
+        if "done" in message:
+            self._say(f"training is at its end: {message['done']} of at most {message['steps']} steps")
 
     def close(self) -> None:
         """Ends the bar."""

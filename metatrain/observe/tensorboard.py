@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
 
 from torch.utils.tensorboard import SummaryWriter
 
 from metatrain import storage
+
+#: How old the curves on the run's storage may be, at most, while training logs.
+SECONDS_BETWEEN_FLUSHES = 10.0
 
 
 class Board:
@@ -21,16 +25,18 @@ class Board:
 
     def __init__(self, run_url: str, step: int) -> None:
         self._url = storage.join(run_url, "tensorboard")
-        fs, path = storage.filesystem(self._url)
-        local = "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
+        local = storage.is_local(self._url)
         self._staged = None if local else tempfile.mkdtemp(prefix="metatrain-tensorboard-")
         # `purge_step` makes TensorBoard forget events at and after it; the last logged one is at `step` itself.
-        self._writer = SummaryWriter(self._staged or path, purge_step=step + 1 if step else None)
+        self._writer = SummaryWriter(self._staged or storage.filesystem(self._url)[1], purge_step=step + 1)
+        self._flushed = time.monotonic()
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Curves by name (`group/name`) at a step."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
+        if time.monotonic() - self._flushed > SECONDS_BETWEEN_FLUSHES:
+            self.flush()
 
     def text(self, name: str, markdown: str) -> None:
         """A text, as Markdown."""
@@ -42,6 +48,7 @@ class Board:
 
     def flush(self) -> None:
         """Makes what was written visible, on the run's storage too."""
+        self._flushed = time.monotonic()
         self._writer.flush()
         if self._staged is not None:
             for name in os.listdir(self._staged):

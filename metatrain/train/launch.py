@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import threading
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import pyarrow.fs
@@ -18,6 +20,7 @@ import ray.train
 import ray.train.torch
 from ray.train.v2.api.config import LoggingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from metatrain import storage
 from metatrain.checkpoint import committed_steps, read_marker
@@ -25,6 +28,7 @@ from metatrain.checkpoint.identity import check_identity, identity
 from metatrain.config import Config, to_yaml, validated
 from metatrain.data.dataset import TaskDataset
 from metatrain.data.manifest import Split
+from metatrain.data.stream import READER_CPUS
 from metatrain.errors import ConfigError, MetatrainError, TrainingError
 from metatrain.model.metamodel import build_model
 from metatrain.observe.progress import TrainingProgress
@@ -33,7 +37,8 @@ from metatrain.train.worker import Seat, train
 
 log = logging.getLogger("metatrain")
 
-READER_CPUS = 0.5
+#: Attempts to start the workers, a minute each, before a run gives up.
+START_ATTEMPTS = 30
 
 
 def launch(config: Config, address: str | None = None) -> None:
@@ -71,10 +76,20 @@ def check(config: Config) -> None:
     """
     dataset = TaskDataset.open(config.data.dataset)
     build_model(dataset.schema, config, "cpu", tables_device="meta")
-    for split in (Split.TRAIN, Split.VALIDATION):
-        open_reader(dataset, config, split).close()  # every shard is there, and as long as the manifest says
-    if not dataset.manifest.tasks.get(Split.TRAIN):
-        raise ConfigError("The dataset has no training user.", where=dataset.url, remedy="Lower `prepare.min_events`.")
+    splits = {Split.TRAIN: "data.episode"}
+    if config.train.validate_every and dataset.manifest.tasks.get(Split.VALIDATION):
+        splits[Split.VALIDATION] = "evaluate.episode"
+    for split, where in splits.items():
+        # Opening checks that every shard is there, and as long as the manifest says.
+        with contextlib.closing(open_reader(dataset, config, split)) as reader:
+            lanes = range(config.data.lanes)
+            if not any(reader.read(0, step, lanes).size for step in range(reader.steps(0))):
+                raise ConfigError(
+                    f"No {split.value} user has enough events for an episode.",
+                    where=where,
+                    got=f"{dataset.manifest.tasks.get(split, 0)} users in {dataset.url}",
+                    remedy="Lower `support_min`, `query_min` or `events_min`, or prepare other data.",
+                )
     if steps := committed_steps(config.run_url):
         marker = read_marker(config.run_url, steps[-1])
         check_identity(marker.identity, identity(config, dataset.fingerprint), config.run_url)
@@ -88,16 +103,69 @@ def ray_session(config: Config, address: str | None) -> Iterator[None]:
         return
     # Ray would print a line of its own for every worker; what users need comes through `tell`.
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address:
-        ray.init(address=address, **quiet)
-    else:
-        workers = config.train.workers
-        wanted = workers + int(workers * config.data.readers_per_worker * READER_CPUS + 1)
-        ray.init(num_cpus=max(os.cpu_count() or 1, wanted), include_dashboard=False, **quiet)
+    cpus = math.ceil(config.train.workers * (1 + config.data.readers_per_worker * READER_CPUS))
     try:
+        if address:
+            ray.init(address=address, **quiet)
+        else:
+            # "local": without it, Ray would join whatever cluster the environment names.
+            ray.init(address="local", num_cpus=max(os.cpu_count() or 1, cpus + 1), include_dashboard=False, **quiet)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"Ray cannot be reached or started: {error}",
+            where="--address",
+            got=address or "a local Ray",
+            remedy="Check the address and that the cluster is up; `metatrain doctor` examines this machine.",
+        ) from error
+    try:
+        _check_resources(config, cpus, bool(address))
+        _check_shared_storage(config.run_url)
         yield
     finally:
         ray.shutdown()
+
+
+def _check_resources(config: Config, cpus: int, cluster: bool) -> None:
+    """A local Ray never gets what it lacks; a cluster may grow, so there a wait is only announced."""
+    wanted = {"CPU": cpus, **({"GPU": config.train.workers} if config.train.gpus else {})}
+    there = ray.cluster_resources()
+    for name, count in wanted.items():
+        if there.get(name, 0) >= count:
+            continue
+        if not cluster:
+            raise ConfigError(
+                f"This machine has fewer {name}s than the run wants.",
+                where="train.workers" if name == "CPU" else "train.gpus",
+                got=f"{count} wanted, {there.get(name, 0):g} there",
+                remedy="Lower `train.workers`, set `train.gpus: false`, or give a cluster by `--address`.",
+            )
+        log.info("waiting for the cluster: the run wants %d %ss, %g are there", count, name, there.get(name, 0))
+
+
+def _check_shared_storage(run_url: str) -> None:
+    """Refuses a folder that is not the same on every node: its checkpoints would exist nowhere whole.
+
+    Raises:
+        ConfigError: Names a node that does not see the folder.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) < 2 or not storage.is_local(run_url):
+        return
+    probe = storage.join(run_url, f".probe-{uuid.uuid4().hex}")
+    storage.write_atomic(probe, "")
+    try:
+        for node in nodes:
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            sees = ray.remote(num_cpus=0)(os.path.exists).options(scheduling_strategy=there)
+            if not ray.get(sees.remote(probe)):
+                raise ConfigError(
+                    "The run's folder is not shared by all nodes of the cluster.",
+                    where="run.storage",
+                    got=f"{run_url}, which node {node['NodeManagerAddress']} does not see",
+                    remedy="Name a folder that all nodes mount, or an object store (s3://…).",
+                )
+    finally:
+        storage.remove(probe)
 
 
 @ray.remote(num_cpus=0)
@@ -126,6 +194,17 @@ class Teller:
         return self._fatal
 
 
+class _Told(logging.Handler):
+    """Passes log lines on by `tell`."""
+
+    def __init__(self, tell: Callable[[dict[str, Any]], None]) -> None:
+        super().__init__()
+        self._tell = tell
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._tell({"say": self.format(record)})
+
+
 def _fatal(teller: Any) -> MetatrainError | None:
     return cast("MetatrainError | None", ray.get(teller.fatal.remote()))
 
@@ -137,7 +216,6 @@ def _worker_loop(settings: dict[str, Any]) -> None:
     teller = settings["teller"]
     if _fatal(teller):
         return  # Ray Train starts failed workers again; an error in the input would only come again.
-    logging.basicConfig(level=logging.WARNING)
     config = validated(settings["config"], where=settings["where"])
     if config.train.threads_per_worker:
         torch.set_num_threads(config.train.threads_per_worker)
@@ -150,6 +228,9 @@ def _worker_loop(settings: dict[str, Any]) -> None:
         if rank == 0:
             teller.tell.remote(message)
 
+    # What rooms below log (a reader died, the inner loop's engine) is for whoever launched the run.
+    logging.getLogger("metatrain").setLevel(logging.INFO)
+    logging.getLogger("metatrain").addHandler(_Told(tell))
     tell({"start": world_size})
     try:
         train(config, Seat(rank, world_size, device, tell))
@@ -175,7 +256,11 @@ def _fit(config: Config) -> None:
             name="ray",
             storage_path=path,
             storage_filesystem=pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs)),
-            failure_config=ray.train.FailureConfig(max_failures=config.train.max_failures),
+            failure_config=ray.train.FailureConfig(
+                max_failures=config.train.max_failures,
+                # Of starting the workers, each after a minute's wait: time for a cluster to grow, but not for ever.
+                controller_failure_limit=START_ATTEMPTS,
+            ),
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )

@@ -1,4 +1,4 @@
-"""The outer loop of one worker, top to bottom: read, step, log, validate, checkpoint. Every rank runs it in step.
+"""The outer loop of one worker: read, step, log, validate, checkpoint. Every rank runs it in step with the others.
 
 A run that is cut off anywhere and started again goes on from its last whole checkpoint and ends with the same
 weights: all that a step depends on is the checkpoint and (manifest, seed, epoch, step).
@@ -6,6 +6,7 @@ weights: all that a step depends on is the checkpoint and (manifest, seed, epoch
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from metatrain.observe.tensorboard import Board
 from metatrain.train.early_stopping import Patience
 from metatrain.train.outer import DenseOptimizer
 from metatrain.train.run_text import write_texts
-from metatrain.train.step import Totals, mean_inner_rates, open_reader, training_step, validation_losses
+from metatrain.train.step import Outcome, Totals, mean_inner_rates, open_reader, training_step, validation_losses
 
 
 @dataclass(frozen=True)
@@ -40,114 +41,170 @@ class Seat:
     tell: Callable[[dict[str, Any]], None]
 
 
-def train(config: Config, seat: Seat) -> None:
-    """Trains `config` to its end, from the run's last checkpoint where there is one.
+class Training:
+    """One worker's part of a run, from the run's last checkpoint where there is one, to its end.
 
     Raises:
         MetatrainError: The dataset, a checkpoint or the loss cannot be used.
     """
-    dataset = TaskDataset.open(config.data.dataset)
-    model = build_model(dataset.schema, config, seat.device, tables_device="meta")
-    distributed = distribute(model, config.train.optimizer, seat.device)
-    optimizer = DenseOptimizer(distributed.dense_parameters(), config.train.optimizer)
 
-    def state() -> dict[str, Any]:
-        tensors = distributed.state_dict().items()
+    def __init__(self, config: Config, seat: Seat) -> None:
+        self.config, self.seat = config, seat
+        self.dataset = TaskDataset.open(config.data.dataset)
+        self.model = build_model(self.dataset.schema, config, seat.device, tables_device="meta")
+        self.distributed = distribute(self.model, config.train.optimizer, seat.device)
+        self.optimizer = DenseOptimizer(self.distributed.dense_parameters(), config.train.optimizer)
+        self.must_equal = identity(config, self.dataset.fingerprint)
+        self.cursor, self.patience = self._restored()
+        self.saved_at, self.saved_time = self.cursor.total, time.monotonic()
+        self.lanes = lanes_of(range(config.data.lanes), seat.world_size, seat.rank)
+        self.validation = open_reader(self.dataset, config, Split.VALIDATION)
+        self.stream = TaskStream(
+            self.dataset.url,
+            config.data,
+            seed=config.train.seed,
+            lanes=self.lanes,
+            features=config.model.features,
+            epochs=config.train.epochs,
+        )
+        self.steps_of = [self.stream.steps(epoch) for epoch in range(config.train.epochs)]
+        self.last = min(sum(self.steps_of), config.train.max_steps or sum(self.steps_of))
+        self.totals = Totals(seat.device)
+        self.board = Board(config.run_url, self.cursor.total) if seat.rank == 0 else None
+        if self.board is not None:
+            write_texts(self.board, config, self.dataset)
+
+    def run(self) -> None:
+        """Trains to the end."""
+        config = self.config
+        while not self._over():
+            epoch, due = self.cursor.epoch, False
+            for batch in self.stream.batches(epoch, self.cursor.step):
+                tensors = batch.tensors(self.seat.device)
+                outcome = training_step(
+                    self.distributed,
+                    self.optimizer,
+                    tensors,
+                    config,
+                    self.cursor.total,
+                    self.last,
+                    self.seat.world_size,
+                )
+                self.cursor = Cursor(epoch=epoch, step=self.cursor.step + 1, total=self.cursor.total + 1)
+                self.totals.add(outcome, batch, self.stream.wait_seconds)
+                ends = self.cursor.total == self.last or self.cursor.step == self.steps_of[epoch]
+                due = self._due_by_steps()
+                if ends or self.cursor.total % config.train.log_every == 0:
+                    due |= self._log(outcome)
+                if ends:
+                    break
+                if due:
+                    self._save(outcome)
+            if self.cursor.step == self.steps_of[epoch]:
+                self.cursor = Cursor(epoch=epoch + 1, step=0, total=self.cursor.total)
+            metrics, improved = self._validate()
+            if improved or due or self._over():
+                self._save(None, metrics)
+        self.seat.tell({"done": self.cursor.total, "steps": self.last, "stopped_early": self.patience.exhausted})
+
+    def close(self) -> None:
+        """Ends the readers, and writes what is left of the curves."""
+        self.stream.close()
+        self.validation.close()
+        if self.board is not None:
+            self.board.close()
+
+    def _over(self) -> bool:
+        done = self.cursor.epoch >= self.config.train.epochs or self.cursor.total >= self.last
+        return done or self.patience.exhausted
+
+    def _state(self) -> dict[str, Any]:
+        """The run's tensors by name: the very ones, so that loading into them in place restores the run."""
+        tensors = self.distributed.state_dict().items()
         return {
             **{name if name.startswith(OPTIMIZER_PREFIX) else f"{MODEL}{name}": value for name, value in tensors},
-            **{f"optimizer.{name}": value for name, value in optimizer.state_dict().items()},
+            **{f"optimizer.{name}": value for name, value in self.optimizer.state_dict().items()},
         }
 
-    must_equal = identity(config, dataset.fingerprint)
-    cursor, patience = Cursor(), Patience(config.train.early_stopping)
-    if steps_saved := committed_steps(config.run_url):
-        check_identity(read_marker(config.run_url, steps_saved[-1]).identity, must_equal, config.run_url)
-        marker = load_checkpoint(config.run_url, steps_saved[-1], state())  # in place
-        cursor, patience = marker.cursor, Patience(config.train.early_stopping, marker.loop)
-        seat.tell({"say": f"going on from the checkpoint at step {cursor.total}"})
+    def _restored(self) -> tuple[Cursor, Patience]:
+        run, rule = self.config.run_url, self.config.train.early_stopping
+        if not (steps := committed_steps(run)):
+            return Cursor(), Patience(rule)
+        check_identity(read_marker(run, steps[-1]).identity, self.must_equal, run)
+        marker = load_checkpoint(run, steps[-1], self._state())
+        self.seat.tell({"say": f"going on from the checkpoint at step {marker.cursor.total}"})
+        return marker.cursor, Patience(rule, marker.loop)
 
-    lanes = lanes_of(range(config.data.lanes), seat.world_size, seat.rank)
-    features, epochs = config.model.features, config.train.epochs
-    stream = TaskStream(dataset.url, config.data, seed=config.train.seed, lanes=lanes, features=features, epochs=epochs)
-    validation = open_reader(dataset, config, Split.VALIDATION)
-    validates = bool(config.train.validate_every) and dataset.manifest.tasks.get(Split.VALIDATION, 0) > 0
-    steps_of = [stream.steps(epoch) for epoch in range(epochs)]
-    last = min(sum(steps_of), config.train.max_steps or sum(steps_of))
-    board = Board(config.run_url, cursor.total) if seat.rank == 0 else None
-    if board is not None:
-        write_texts(board, config, dataset)
-    totals = Totals(seat.device)
-    saved_at, saved_time = cursor.total, time.monotonic()
+    def _due_by_steps(self) -> bool:
+        every = self.config.train.checkpoint.every_steps
+        return bool(every) and self.cursor.total - self.saved_at >= every
 
-    def save(metrics: dict[str, float]) -> None:
-        nonlocal saved_at, saved_time
-        keep = config.train.checkpoint.keep
+    def _log(self, outcome: Outcome) -> bool:
+        """Writes a line of the curves; returns whether a checkpoint is due by time, decided by all ranks together."""
+        minutes = self.config.train.checkpoint.every_minutes
+        # Clocks differ between ranks: one that says so decides for all.
+        curves, due = self.totals.reduce(bool(minutes) and time.monotonic() - self.saved_time > 60 * minutes)
+        self._check_finite(curves["learning/loss_after"], "training loss")
+        curves |= mean_inner_rates(self.model.meta)
+        if self.board is not None:
+            self.board.scalars(curves, self.cursor.total)
+            if outcome.output.tasks:  # of this rank, in this step
+                self.board.histogram("learning/gain a task", outcome.output.gains, self.cursor.total)
+            self.seat.tell({"step": self.cursor.total, "steps": self.last, "epoch": self.cursor.epoch, **curves})
+        return due
+
+    def _validate(self) -> tuple[dict[str, float], bool]:
+        """Metrics for the checkpoint, and whether they are the best so far. No metrics where no validation is due."""
+        every = self.config.train.validate_every
+        at_epoch = self.cursor.step == 0
+        due = bool(every) and (self._over() or (at_epoch and self.cursor.epoch % every == 0))
+        if not due or not self.dataset.manifest.tasks.get(Split.VALIDATION):
+            return {}, False
+        seat = self.seat
+        before, after = validation_losses(self.distributed, self.validation, self.lanes, seat.device, seat.world_size)
+        self._check_finite(after, "validation loss")
+        # Cut short inside an epoch, the run may be continued: that must not cost it patience.
+        improved = self.patience.judge(after) if at_epoch else after < self.patience.best
+        if self.board is not None:
+            curves = {"validation/loss_before": before, "validation/loss_after": after}
+            self.board.scalars(curves, self.cursor.total)
+        seat.tell({"step": self.cursor.total, "steps": self.last, "validation_loss": after, "best": improved})
+        return {"validation_loss": after}, improved
+
+    def _save(self, outcome: Outcome | None, metrics: dict[str, float] | None = None) -> None:
+        if outcome is not None:
+            # Equal on all ranks, and not finite where any rank's loss was: such weights must not become a checkpoint.
+            self._check_finite(float(outcome.gradient_norm), "gradient norm")
+        config = self.config
         save_checkpoint(
             config.run_url,
-            state(),
-            cursor=cursor,
-            identity=must_equal,
-            loop=patience.state(),
-            metrics=metrics,
-            keep=keep,
+            self._state(),
+            cursor=self.cursor,
+            identity=self.must_equal,
+            loop=self.patience.state(),
+            configuration=config.model_dump(mode="json"),
+            metrics=metrics or {},
+            keep=config.train.checkpoint.keep,
         )
-        saved_at, saved_time = cursor.total, time.monotonic()
+        self.saved_at, self.saved_time = self.cursor.total, time.monotonic()
+        if self.board is not None:
+            self.board.flush()
 
-    def due_by_time() -> bool:
-        minutes = config.train.checkpoint.every_minutes
-        return bool(minutes) and time.monotonic() - saved_time > 60 * minutes
+    def _check_finite(self, value: float, what: str) -> None:
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"The {what} is not finite.",
+                where=f"epoch {self.cursor.epoch}, after step {self.cursor.total}",
+                got=value,
+                remedy="Lower `meta.rate` or the rates of `train.optimizer`, or clip with `train.optimizer.clip`, "
+                "under another `run.name`.",
+            )
 
+
+def train(config: Config, seat: Seat) -> None:
+    """Trains `config` to its end on this rank."""
+    training = Training(config, seat)
     try:
-        while cursor.epoch < epochs and cursor.total < last and not patience.exhausted:
-            epoch = cursor.epoch
-            for batch in stream.batches(epoch, cursor.step):
-                tensors = batch.tensors(seat.device)
-                outcome = training_step(distributed, optimizer, tensors, config, cursor.total, last, seat.world_size)
-                cursor = Cursor(epoch=epoch, step=cursor.step + 1, total=cursor.total + 1)
-                totals.add(outcome, batch, stream.wait_seconds)
-                ends = cursor.total >= last or cursor.step == steps_of[epoch]
-                by_time = False
-                if cursor.total % config.train.log_every == 0 or ends:
-                    # Whether time is up for a checkpoint is decided by all ranks together: clocks differ.
-                    curves, by_time = totals.reduce(due_by_time())
-                    if not torch.isfinite(torch.tensor(curves["learning/loss_after"])):
-                        raise TrainingError(
-                            "The loss is not finite.",
-                            where=f"epoch {epoch}, step {cursor.step - 1}",
-                            got=curves["learning/loss_after"],
-                            remedy="Lower `meta.rate` or `train.optimizer.rate`, or set `train.optimizer.clip`.",
-                        )
-                    curves |= mean_inner_rates(model.meta)
-                    if board is not None:
-                        board.scalars(curves, cursor.total)
-                        seat.tell({"step": cursor.total, "steps": last, "epoch": epoch, **curves})
-                every = config.train.checkpoint.every_steps
-                if (by_time or (every and cursor.total % every == 0)) and not ends:
-                    save({})
-                if cursor.total >= last:
-                    break
-            if cursor.step >= steps_of[epoch]:
-                cursor = Cursor(epoch=epoch + 1, step=0, total=cursor.total)
-            metrics: dict[str, float] = {}
-            improved = False
-            over = cursor.epoch >= epochs or cursor.total >= last
-            if validates and (over or cursor.epoch % config.train.validate_every == 0):
-                before, after = validation_losses(distributed, validation, lanes, seat.device, seat.world_size)
-                improved = patience.judge(after)
-                metrics = {"validation_loss": after}
-                if board is not None:
-                    board.scalars({"validation/loss_before": before, "validation/loss_after": after}, cursor.total)
-                seat.tell(
-                    {"step": cursor.total, "steps": last, "epoch": epoch, "validation_loss": after, "best": improved}
-                )
-            every = config.train.checkpoint.every_steps
-            if improved or over or patience.exhausted or (every and cursor.total - saved_at >= every):
-                save(metrics)
-        if patience.exhausted:
-            seat.tell({"say": f"validation loss has stopped falling: ended at step {cursor.total}"})
-        seat.tell({"done": cursor.total, "steps": last})
+        training.run()
     finally:
-        stream.close()
-        validation.close()
-        if board is not None:
-            board.close()
+        training.close()

@@ -14,6 +14,7 @@ def commit(run, step, **metrics):
         cursor=layout.Cursor(epoch=0, step=step, total=step),
         identity={},
         loop={},
+        configuration={},
         metrics=metrics,
         world_size=1,
     )

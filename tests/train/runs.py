@@ -18,7 +18,7 @@ def recipe(dataset: str, storage_url: str, name: str, train: dict[str, Any] | No
         "run": {"name": name, "storage": storage_url},
         "data": {"dataset": dataset, "lanes": 4, "tasks_per_step": 16, "shuffle_row_groups": 4, "prefetch": 2},
         "model": {"hidden": [16], "activation": "tanh", "id_dropout": 0.1},
-        "meta": {"steps": 2, "rate": 0.1, "adapt": ["head.*"]},
+        "meta": {"steps": 2, "rate": 0.02, "adapt": ["head.*"]},
         "train": {
             "epochs": 4,
             "log_every": 1,
