@@ -11,14 +11,15 @@ popularity                      training events of the item: an order, not a rat
 ==============================  =====================================================================================
 
 An item without training events has bias 0 and factor 0. Shrinkage, rank and regularisation are chosen on validation
-users from small grids, never on what is reported. Clicks are taken as labels of 0 and 1, so predictions are
-estimates of their probability. Nothing loops over users or events.
+users from small grids, never on what is reported: on whole supports for the table; for the curve by support size how
+much a user's bias is shrunk is chosen again, on supports of its sizes. Clicks are taken as labels of 0 and 1, so
+predictions are estimates of their probability. Nothing loops over users or events.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -145,8 +146,8 @@ def fit_biases(
 
 # --- fitting all -----------------------------------------------------------------------------------------------------
 
-ITEM_SHRINKAGE = (2.0, 5.0, 10.0, 25.0)
-USER_SHRINKAGE = (0.5, 1.0, 3.0, 10.0)
+ITEM_SHRINKAGE = (1.0, 2.0, 5.0, 10.0, 25.0)
+USER_SHRINKAGE = (0.5, 1.0, 3.0, 10.0, 30.0)
 REGULARISATION = (5.0, 10.0, 20.0)
 
 
@@ -155,6 +156,8 @@ class Fitted:
     """The baselines, what was chosen for them, and what the reader of the table should know."""
 
     baselines: tuple[Baseline, ...]
+    #: The same, by the same names, as they do best on small supports.
+    on_small_supports: tuple[Baseline, ...]
     chosen: dict[str, float]
     notes: tuple[str, ...]
 
@@ -165,6 +168,7 @@ def fit(
     validation: Iterable[PaddedTasks],
     error: Callable[[Array, PaddedTasks], Array],
     *,
+    small: Iterable[PaddedTasks] = (),
     ranks: Sequence[int] | None = None,
     rounds: int = 10,
     seed: int = 0,
@@ -176,31 +180,29 @@ def fit(
         popularity: Training events of each item: int64 [I].
         validation: The validation users' tasks; none: defaults are used, and noted.
         error: Of scores [T, Q] a value a task, lower is better, NaN where undefined.
+        small: The validation users' tasks with supports cut to the curve's sizes; none: the curve has the table's
+            settings.
         ranks: Of the factorisation, tried on validation users. Default: 32, and 8 where events are few.
         rounds: Of alternating least squares.
         seed: Of the factors' start.
     """
     notes: list[str] = []
-    tasks = list(validation)
+    tasks, small = list(validation), list(small)
     mean = events.mean
 
-    def chosen(candidates: Sequence[Baseline], slack: float = 0.0) -> int:
-        """The candidate of the least error; with `slack`, the last one that is as good but for this share."""
-        values = [np.concatenate([error(c.scores(t), t) for t in tasks]) for c in candidates] if tasks else []
-        if not values or all(np.isnan(v).all() for v in values):
-            return len(candidates) // 2
+    def chosen(candidates: Sequence[Baseline], judged_on: Sequence[PaddedTasks]) -> int:
+        """The candidate of the least error; the middle one where none has any."""
+        values = [np.concatenate([error(c.scores(t), t) for t in judged_on]) for c in candidates] if judged_on else []
         means = np.array([np.nanmean(v) if not np.isnan(v).all() else np.inf for v in values])
-        return int(np.flatnonzero(means <= means.min() + slack * abs(means.min()))[-1])
+        return int(means.argmin()) if np.isfinite(means).any() else len(candidates) // 2
 
     if not tasks:
         notes.append("No validation task: the baselines' shrinkage, rank and regularisation are defaults.")
     if events.limited:
         notes.append(f"Baselines are fitted on the first {events.user_count:,} training users.")
-    # Shrinkage that ascends, and slack: where many settings are as good on whole supports, the one that shrinks a
-    # user's bias most is the best on small ones.
     grid = [(i, u, fit_biases(events, i, u)) for u in USER_SHRINKAGE for i in ITEM_SHRINKAGE]
     biases = [Bias(mean, fitted[0], u) for _, u, fitted in grid]
-    best = chosen(biases, slack=0.002)
+    best = chosen(biases, tasks)
     item_shrinkage, user_shrinkage, (item_bias, user_bias) = grid[best]
     residuals = events.labels - mean - item_bias[events.items] - user_bias[events.users]
     ranks = ranks or ((32,) if events.labels.size > 300_000 else (8, 32))
@@ -211,21 +213,32 @@ def fit(
         for rank in ranks
         for strength in REGULARISATION
     ]
-    factorisation = factorisations[chosen(factorisations)]
+    factorisation = factorisations[chosen(factorisations, tasks)]
+    # A few events need another shrinkage than many: at one setting for both, the curve would show a poor baseline.
+    bias_small, factorisation_small = biases[best], factorisation
+    if small:
+        of_items = [b for b, (i, _, _) in zip(biases, grid, strict=True) if i == item_shrinkage]
+        bias_small = of_items[chosen(of_items, small)]
+        shrunk = [replace(factorisation, user_shrinkage=u) for u in USER_SHRINKAGE]
+        factorisation_small = shrunk[chosen(shrunk, small)]
+        again = (bias_small.user_shrinkage, factorisation_small.user_shrinkage)
+        if again != (user_shrinkage, user_shrinkage):
+            notes.append(
+                f"By support size, a user's bias is shrunk by {again[0]:g} ({bias_small.name}) and {again[1]:g} "
+                f"({factorisation.name}) in place of {user_shrinkage:g}: best on validation users with so few events."
+            )
+    constants = (GlobalMean(mean), SupportMean(mean), SupportMedian(mean))
+    popular = Popularity(popularity)
     return Fitted(
-        (
-            GlobalMean(mean),
-            SupportMean(mean),
-            SupportMedian(mean),
-            biases[best],
-            factorisation,
-            Popularity(popularity),
-        ),
+        (*constants, biases[best], factorisation, popular),
+        (*constants, bias_small, factorisation_small, popular),
         {
             "item_shrinkage": item_shrinkage,
             "user_shrinkage": user_shrinkage,
             "rank": factorisation.factors.shape[1],
             "regularisation": factorisation.regularisation,
+            "user_shrinkage_on_small_supports": bias_small.user_shrinkage,
+            "factorisation_user_shrinkage_on_small_supports": factorisation_small.user_shrinkage,
         },
         tuple(notes),
     )

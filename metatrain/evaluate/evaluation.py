@@ -5,6 +5,7 @@ Nothing is tuned on what is reported: the baselines' settings are chosen on vali
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator
 
@@ -18,9 +19,10 @@ from metatrain.data.manifest import ItemSet, Split
 from metatrain.data.reader import iterate
 from metatrain.errors import CheckpointError
 from metatrain.evaluate import baselines
+from metatrain.evaluate.baselines import Baseline
 from metatrain.evaluate.protocols import PARTITIONS, Judge, Measured, Partition, draws_of, measure
 from metatrain.evaluate.report import ADAPTED, UNADAPTED, Report
-from metatrain.evaluate.tasks import PaddedTasks, padded
+from metatrain.evaluate.tasks import PaddedTasks, newest_support, padded
 from metatrain.evaluate.training_events import TrainingEvents, training_events
 from metatrain.recommend.recommender import Recommender
 
@@ -70,7 +72,7 @@ def evaluate_recommender(recommender: Recommender, config: EvaluateConfig, *, pr
     fitted = fit_baselines(dataset, judge)
     orders_alone = frozenset(b.name for b in fitted.baselines if not b.predicts)
 
-    def score_all(batch: TaskBatch, tasks: PaddedTasks) -> dict[str, np.ndarray]:
+    def scored(batch: TaskBatch, tasks: PaddedTasks, beside: tuple[Baseline, ...]) -> dict[str, np.ndarray]:
         scores = recommender.scores(batch)
         if not (np.isfinite(scores.after[scores.mask]).all() and np.isfinite(scores.before[scores.mask]).all()):
             raise CheckpointError(
@@ -78,7 +80,7 @@ def evaluate_recommender(recommender: Recommender, config: EvaluateConfig, *, pr
                 where=f"{recommender.run_url}, checkpoint {recommender.step}",
                 remedy="Evaluate an earlier checkpoint, and train again with a lower `meta.rate`.",
             )
-        return {ADAPTED: scores.after, UNADAPTED: scores.before} | {b.name: b.scores(tasks) for b in fitted.baselines}
+        return {ADAPTED: scores.after, UNADAPTED: scores.before} | {b.name: b.scores(tasks) for b in beside}
 
     measured: dict[str, Measured] = {}
     notes = list(fitted.notes)
@@ -90,7 +92,12 @@ def evaluate_recommender(recommender: Recommender, config: EvaluateConfig, *, pr
         else:
             bar = _bar(dataset, partition, config) if progress else None
             measured[partition.name] = measure(
-                partition, _batches(dataset, partition, config, bar), score_all, judge, orders_alone
+                partition,
+                _batches(dataset, partition, config, bar),
+                functools.partial(scored, beside=fitted.baselines),
+                judge,
+                orders_alone,
+                functools.partial(scored, beside=fitted.on_small_supports),
             )
             if bar is not None:
                 bar.close()
@@ -105,6 +112,7 @@ def evaluate_recommender(recommender: Recommender, config: EvaluateConfig, *, pr
         by_support_size=tuple(row for m in measured.values() for row in m.by_support_size),
         partitions={p.name: p.words for p in PARTITIONS if p.name in measured and measured[p.name].rows},
         notes=tuple(notes),
+        paired=tuple(row for m in measured.values() for row in m.paired),
         facts={
             "dataset_url": dataset.url,
             "dataset_fingerprint": dataset.fingerprint,
@@ -118,11 +126,17 @@ def evaluate_recommender(recommender: Recommender, config: EvaluateConfig, *, pr
 
 
 def _left_out(measured: dict[str, Measured], dataset: TaskDataset, judge: Judge) -> Iterator[str]:
-    """Notes on tasks beyond the bound, and on metrics that no task has defined."""
+    """Notes on tasks beyond the bound, on users without an episode, and on metrics that no task has defined."""
+    few = "too few" if judge.config.episode.events_max == EpisodeConfig().events_max else "too few or too many"
     for partition in PARTITIONS:
         total = dataset.manifest.tasks.get(partition.split, 0)
         if partition.name in measured and (seen := measured[partition.name].seen) < total:
             yield f"{partition.name}: measured on the first {seen:,} of {total:,} users (evaluate.max_tasks)."
+        if partition.name in measured and (result := measured[partition.name]).rows and result.skipped:
+            yield (
+                f"{partition.name}: {result.skipped:,} of {result.seen:,} users have {few} events for an episode and "
+                "are left out."
+            )
     for metric in judge.names(True):
         if names := [name for name, result in measured.items() if metric in result.undefined]:
             yield f"{metric} left out for {', '.join(names)}: {judge.needs(metric)}."
@@ -132,32 +146,36 @@ def fit_baselines(dataset: TaskDataset, judge: Judge) -> baselines.Fitted:
     """The baselines of a dataset: training users' events on existing items; settings chosen on validation users."""
     config = judge.config
 
-    def validation() -> Iterator[PaddedTasks]:
-        count = 0
-        if not dataset.manifest.tasks.get(Split.VALIDATION, 0):
-            return
-        for batch in iterate(
-            dataset,
-            Split.VALIDATION,
-            ItemSet.EXISTING,
-            config.episode,
-            seed=config.seed,
-            tasks_per_batch=config.tasks_per_batch,
-            features=(),
-        ):
-            if batch.size:
-                yield padded(batch)
-            count += batch.size
-            if count >= _VALIDATION_TASKS:
-                return
-
+    batches = list(_validation_batches(dataset, config))
     return baselines.fit(
         _training_events(dataset),
         np.asarray(dataset.catalogue.training_events),
-        validation(),
+        map(padded, batches),
         judge.loss,
+        # Without support no setting of a user matters.
+        small=(padded(newest_support(batch, size)) for batch in batches for size in config.support_sizes if size),
         seed=config.seed,
     )
+
+
+def _validation_batches(dataset: TaskDataset, config: EvaluateConfig) -> Iterator[TaskBatch]:
+    if not dataset.manifest.tasks.get(Split.VALIDATION, 0):
+        return
+    count = 0
+    for batch in iterate(
+        dataset,
+        Split.VALIDATION,
+        ItemSet.EXISTING,
+        config.episode,
+        seed=config.seed,
+        tasks_per_batch=config.tasks_per_batch,
+        features=(),
+    ):
+        if batch.size:
+            yield batch
+        count += batch.size
+        if count >= _VALIDATION_TASKS:
+            return
 
 
 def _training_events(dataset: TaskDataset) -> TrainingEvents:

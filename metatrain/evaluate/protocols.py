@@ -27,7 +27,7 @@ from metatrain.data.batch import TaskBatch
 from metatrain.data.manifest import ItemSet, Split
 from metatrain.data.schema import LabelKind, Schema
 from metatrain.evaluate import metrics
-from metatrain.evaluate.report import Row, SizeRow
+from metatrain.evaluate.report import ADAPTED, PairedRow, Row, SizeRow
 from metatrain.evaluate.tasks import PaddedTasks, newest_support, padded
 
 Array = np.ndarray
@@ -134,6 +134,8 @@ class Measured:
     seen: int  # tasks read, those included
     #: Metrics that no task has defined.
     undefined: tuple[str, ...] = ()
+    #: The adapted model against each other one, by the judge's `curve_metric`.
+    paired: tuple[PairedRow, ...] = ()
 
 
 def draws_of(config: EvaluateConfig) -> int:
@@ -148,6 +150,7 @@ def measure(
     score_all: ScoreAll,
     judge: Judge,
     orders_alone: frozenset[str] = frozenset(),
+    score_small: ScoreAll | None = None,
 ) -> Measured:
     """Scores a partition's tasks, all draws, and the first draw again at each support size.
 
@@ -157,6 +160,7 @@ def measure(
         score_all: All scorers at once.
         judge: The metrics.
         orders_alone: Names of scorers whose scores are no predictions of the label.
+        score_small: All scorers for the support sizes, where some have settings of their own for small supports.
 
     Raises:
         ValueError: A score that is not finite.
@@ -184,7 +188,7 @@ def measure(
             for size in judge.config.support_sizes:
                 part = newest_support(batch, size)
                 short = padded(part)
-                for model, scores in score_all(part, short).items():
+                for model, scores in (score_small or score_all)(part, short).items():
                     if model not in orders_alone or not judge.rates:
                         curve[model, size].append(judge.values(scores, short, judge.curve_metric))
     if not tasks:
@@ -203,7 +207,25 @@ def measure(
         for (model, size), parts in curve.items()
         if (estimate := judge.estimate(judge.curve_metric, np.concatenate(parts), first)).tasks
     ]
-    return Measured(tuple(rows), tuple(sizes), (), skipped, skipped + len(first), tuple(undefined))
+    paired = _paired(partition, values, ordinals, judge, draws)
+    return Measured(tuple(rows), tuple(sizes), (), skipped, skipped + len(first), tuple(undefined), paired)
+
+
+def _paired(
+    partition: Partition, values: Mapping[tuple[str, str], list[Array]], tasks: Array, judge: Judge, draws: int
+) -> tuple[PairedRow, ...]:
+    """The adapted model's values minus each other model's, task by task."""
+    metric = judge.curve_metric
+    if (ADAPTED, metric) not in values:
+        return ()
+    own = np.concatenate(values[ADAPTED, metric])
+    return tuple(
+        PairedRow(ADAPTED, partition.name, metric, *_fields(estimate), draws, model)
+        for (model, of), parts in values.items()
+        if of == metric
+        and model != ADAPTED
+        and (estimate := metrics.mean_over_tasks(own - np.concatenate(parts), tasks, judge.config.confidence)).tasks
+    )
 
 
 def _fields(estimate: metrics.Estimate) -> tuple[float, float, float, int]:

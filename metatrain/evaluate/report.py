@@ -1,8 +1,10 @@
 """The evaluation's report: `evaluation.json`, a table for the terminal, and `evaluation.png`, in the run's folder.
 
 `evaluation.json` holds `dataset`, `run`, `checkpoint` (its step), `configuration` (of the evaluation), `facts`,
-`notes`, `rows` and `by_support_size`. A row is `{model, partition, metric, value, low, high, tasks, draws}`; a row of
-`by_support_size` has `support` besides. `low` and `high` are null where one task alone gives no interval.
+`notes`, `rows`, `by_support_size` and `paired`. A row is `{model, partition, metric, value, low, high, tasks, draws}`;
+a row of `by_support_size` has `support` besides. A row of `paired` has `against`: the mean over tasks of the model's
+metric minus that of the model `against` on the same task, whose interval is far narrower than either model's own where
+both find the same tasks hard. `low` and `high` are null where one task alone gives no interval.
 """
 
 from __future__ import annotations
@@ -43,6 +45,13 @@ class SizeRow(Row):
 
 
 @dataclass(frozen=True)
+class PairedRow(Row):
+    """The mean over tasks of a model's metric minus that of the model `against`."""
+
+    against: str
+
+
+@dataclass(frozen=True)
 class Report:
     """All of an evaluation."""
 
@@ -55,6 +64,8 @@ class Report:
     #: Partition → what it is made of, in words, in the order of the table.
     partitions: dict[str, str]
     notes: tuple[str, ...] = ()
+    #: The adapted model against each other one, by the metric of the curve.
+    paired: tuple[PairedRow, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
 
     def value(self, model: str, partition: str, metric: str) -> float:
@@ -75,6 +86,7 @@ class Report:
             "notes": list(self.notes),
             "rows": [_finite(asdict(row)) for row in self.rows],
             "by_support_size": [_finite(asdict(row)) for row in self.by_support_size],
+            "paired": [_finite(asdict(row)) for row in self.paired],
         }
         return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
 
@@ -125,9 +137,21 @@ class Report:
             wide = max(len(c) for c in column)
             lines = [f"{line}  {cell.rjust(wide)}" for line, cell in zip(lines, column, strict=True)]
         rule = "-" * max(len(line) for line in lines)
-        return "\n".join(
-            [head, rule, lines[0].rstrip(), rule, *(s.rstrip() for s in lines[1:-1]), rule, lines[-1].rstrip()]
-        )
+        whole = [head, rule, lines[0].rstrip(), rule, *(s.rstrip() for s in lines[1:-1]), rule, lines[-1].rstrip()]
+        return "\n".join([*whole, *self._against_the_best(partition)])
+
+    def _against_the_best(self, partition: str) -> list[str]:
+        """A line: how far the adapted model is from the best baseline, task by task; none where nothing is paired."""
+        rows = [row for row in self.paired if row.partition == partition and row.against != UNADAPTED]
+        if not rows:
+            return []
+        # From the best baseline the adapted model gains least.
+        least = max if rows[0].metric in ERRORS else min
+        row = least(rows, key=lambda r: r.value)
+        half = (row.high - row.low) / 2
+        around = f" ± {half:.3f}" if math.isfinite(half) else ""
+        value = f"{row.value:+.3f}".replace("-", "−")
+        return [f"{row.metric} of {row.model} − {row.against}: {value}{around} (paired over tasks)"]
 
 
 def _cell(cells: dict[tuple[str, str], Row], models: list[str], model: str, metric: str, interval: bool) -> str:

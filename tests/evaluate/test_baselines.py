@@ -150,6 +150,41 @@ def test_each_baseline_beats_what_knows_less():
     assert [b.name for b in result.baselines if not b.predicts] == ["popularity"]
 
 
+def absolute(scores: np.ndarray, tasks: PaddedTasks) -> np.ndarray:
+    return metrics.absolute_error(scores, tasks.query_labels, tasks.query_mask)
+
+
+def test_the_table_has_the_best_setting_and_the_curve_the_best_for_small_supports():
+    train, _ = log(400, 2, 0.1, seed=4)
+    # People whose level moves: their old events mislead, so that a long support is shrunk more than the newest event.
+    people, generator = [], np.random.default_rng(1)
+    for _ in range(200):
+        old, now = generator.normal(size=2)
+        people.append((generator.permutation(ITEMS - 1)[:20], 3 + np.r_[np.full(16, old), np.full(4, now)]))
+    whole, small = tasks_of(people, 3), tasks_of([(i[-4:], y[-4:]) for i, y in people], 3)
+    events = events_of(train)
+    popularity = np.bincount(events.items, minlength=ITEMS)
+    result = baselines.fit(events, popularity, [whole], absolute, small=[small], ranks=(2,))
+
+    def of(chosen, name):
+        return next(b for b in chosen if b.name == name)
+
+    every = [
+        baselines.Bias(events.mean, baselines.fit_biases(events, i, u)[0], u)
+        for u in baselines.USER_SHRINKAGE
+        for i in baselines.ITEM_SHRINKAGE
+    ]
+    table, curve = (of(b, "item + user bias") for b in (result.baselines, result.on_small_supports))
+    assert absolute(table.scores(whole), whole).mean() == min(absolute(b.scores(whole), whole).mean() for b in every)
+    assert curve.user_shrinkage < table.user_shrinkage
+    assert absolute(curve.scores(small), small).mean() < absolute(table.scores(small), small).mean()
+    folded = [of(b, "matrix factorisation fold-in") for b in (result.baselines, result.on_small_supports)]
+    errors = [absolute(b.scores(small), small).mean() for b in folded]
+    assert errors[1] <= errors[0]
+    assert [b.name for b in result.baselines] == [b.name for b in result.on_small_supports]
+    assert any(note.startswith("By support size") for note in result.notes)
+
+
 def test_without_validation_users_defaults_are_used_and_noted():
     result = fitted(log(100, 2, 0.1, seed=4)[0], [])
     assert "defaults" in result.notes[0]

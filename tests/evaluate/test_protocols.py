@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -97,6 +99,49 @@ def test_the_curve_truncates_the_support_of_the_first_draw():
     labels = np.concatenate([batch([4, 9, 2], 0).labels, batch([7], 1).labels]).reshape(4, 7)[:, 3:]
     assert sizes[0].value == pytest.approx(np.abs(labels - 1).mean())
     assert sizes[2].value == pytest.approx(np.abs(labels - 2).mean())
+
+
+def test_small_supports_have_scorers_of_their_own():
+    judge = Judge(RATINGS, EvaluateConfig(episode=RANDOM, support_sizes=(0,)))
+    calls = []
+
+    def of(value):
+        def score(batch, tasks):
+            calls.append((value, int(tasks.support_mask.sum(1).max())))
+            return {"constant": np.full(tasks.query_labels.shape, value)}
+
+        return score
+
+    result = measure(PARTITIONS[0], lambda draw: [batch([1, 2], 0)], of(1.0), judge, score_small=of(5.0))
+    assert calls == [(1.0, 3), (5.0, 0)]
+    labels = batch([1, 2], 0).labels.reshape(2, 7)[:, 3:]
+    assert next(r.value for r in result.rows if r.metric == "MAE") == pytest.approx(np.abs(labels - 1).mean())
+    assert result.by_support_size[0].value == pytest.approx(np.abs(labels - 5).mean())
+
+
+def test_the_adapted_model_is_compared_task_by_task():
+    judge = Judge(RATINGS, EvaluateConfig(episode=RANDOM, support_sizes=(), confidence=0.9))
+    tasks = [4, 9, 2, 7, 5]
+    # Tasks differ far more than the models do: each model's own interval is wide, that of the difference narrow.
+    spread = np.arange(5)[:, None] / 4
+
+    def score(batch, padded):
+        constant = np.ones(padded.query_labels.shape)
+        better = padded.query_labels + constant * spread * np.where(padded.query_labels > 3, -1, 1)
+        worse = better + (0.1 + 0.01 * spread) * np.where(padded.query_labels > 3, -1, 1)
+        return {"adapted": better, "unadapted": worse, "bias": worse, "order": constant}
+
+    result = measure(PARTITIONS[0], lambda draw: [batch(tasks, draw)], score, judge, frozenset({"order"}))
+    rows = {r.against: r for r in result.paired}
+    assert set(rows) == {"unadapted", "bias"}
+    row = rows["bias"]
+    assert (row.model, row.partition, row.metric, row.tasks) == ("adapted", "new users", "MAE", 5)
+    expected = -0.1 - 0.01 * spread[:, 0]
+    assert row.value == pytest.approx(expected.mean())
+    assert row.high - row.low == pytest.approx(2 * 2.131847 * expected.std(ddof=1) / math.sqrt(5), rel=1e-4)
+    own = next(r for r in result.rows if (r.model, r.metric) == ("adapted", "MAE"))
+    assert own.high - own.low > 10 * (row.high - row.low)
+    assert measured()[0].paired == ()  # no model named adapted
 
 
 def test_clicks_have_no_errors_and_a_curve_of_auc():

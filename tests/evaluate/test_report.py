@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from metatrain.evaluate.report import Report, Row, SizeRow
+from metatrain.evaluate.report import PairedRow, Report, Row, SizeRow
 
 
 @pytest.fixture
@@ -64,6 +64,22 @@ def test_table_marks_the_best_and_aligns(report):
     assert of["adapted"].index("0.800") == of["global mean"].index("0.500") == of["popularity"].index("0.850")
     assert names.split() == ["MAE", "AUC"]
     assert "note: new items" in blocks[2]
+
+
+def test_paired_differences_have_rows_of_their_own_and_a_line_for_the_best_baseline(report):
+    paired = tuple(
+        PairedRow("adapted", "new users", "MAE", value, value - 0.004, value + 0.004, 90, 2, against)
+        for against, value in (("unadapted", -0.001), ("global mean", -0.2), ("item + user bias", -0.0071))
+    )
+    alone = PairedRow("adapted", "both", "MAE", 0.25, -math.inf, math.inf, 1, 2, "global mean")
+    content = Report(**{**report.__dict__, "paired": (*paired, alone)})
+    blocks = content.table().split("\n\n")
+    assert blocks[0].splitlines()[-1] == "MAE of adapted − item + user bias: −0.007 ± 0.004 (paired over tasks)"
+    assert blocks[1].splitlines()[-1] == "MAE of adapted − global mean: +0.250 (paired over tasks)"
+    rows = json.loads(content.to_json())["paired"]
+    assert list(rows[0]) == [*json.loads(content.to_json())["rows"][0], "against"]
+    assert rows[-1]["low"] is None
+    assert "paired over tasks" not in report.table()
 
 
 def test_where_all_tie_nothing_is_marked(report):

@@ -198,6 +198,23 @@ def test_evaluation_measures_what_the_recommender_gives(recommender):
     assert at_none["adapted"] == pytest.approx(at_none["unadapted"], rel=1e-6)
 
 
+def test_evaluation_says_how_many_users_have_no_episode(recommender):
+    config = recommender.config.evaluate
+    # Users of the tiny dataset have 1 to 20 events.
+    one = config.model_copy(update={"episode": config.episode.model_copy(update={"support_min": 0})})
+    assert not [n for n in evaluate_recommender(recommender, one).notes if n.startswith("new users")]
+    strict = config.model_copy(
+        update={"episode": config.episode.model_copy(update={"support_min": 8, "support_max": 12})}
+    )
+    report = evaluate_recommender(recommender, strict)
+    skipped = report.facts["tasks_outside_bounds"]["new users"]
+    assert 0 < skipped < 15
+    assert f"new users: {skipped} of 15 users have too few events for an episode and are left out." in report.notes
+    assert f"new users: {skipped} of 15" in report.table()
+    bounded = strict.model_copy(update={"episode": strict.episode.model_copy(update={"events_max": 15})})
+    assert any("too few or too many events" in n for n in evaluate_recommender(recommender, bounded).notes)
+
+
 def test_evaluation_refuses_a_broken_model(recommender_of):
     broken = recommender_of()
     next(p for n, p in broken.model.named_parameters() if "head" in n).data.fill_(float("nan"))
