@@ -1,7 +1,8 @@
 """The engine that picks an engine: low-rank where it serves and is counted cheaper, vmap elsewhere.
 
 Promises: the choice depends on shapes and settings alone, so every rank and every run of one configuration chooses
-alike; each new choice is logged with its reason.
+alike; each new choice is logged with its reason: for training, whose speed it decides, as information; for what adapts
+without training, to debug.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class ChoosingEngine:
         self._vmap = VmapEngine(learner, event_loss(loss, huber_delta), order, precision)
         self._low_rank: LowRankEngine | None = None
         self._refusal = ""
-        self._logged: set[str] = set()
+        self._logged: set[tuple[int, str]] = set()
         if engine == "vmap":
             self._refusal = "vmap: it was asked for"
             return
@@ -104,12 +105,12 @@ class ChoosingEngine:
             support.x.element_size(),
         )
 
-    def _takes_low_rank(self, choice: Choice) -> bool:
+    def _takes_low_rank(self, choice: Choice, level: int) -> bool:
         # One line for each engine and kind of reason: a stream of batches has many shapes.
         kind = choice.reason.split(" at ")[0].split(" µs")[0].rstrip("0123456789")
-        if kind not in self._logged:
-            self._logged.add(kind)
-            _log.info("inner loop by %s", choice.reason)
+        if (level, kind) not in self._logged:
+            self._logged.add((level, kind))
+            _log.log(level, "inner loop by %s", choice.reason)
         return choice.engine == "low_rank"
 
     def adapt(
@@ -123,7 +124,7 @@ class ChoosingEngine:
         """See `Engine.adapt`."""
         # Weights a task are the result here, and the shared query loss isn't taken: low-rank is chosen as for training.
         choice = self.choice(adapted, len(rates), support, support, rows)
-        if self._takes_low_rank(choice) and self._low_rank is not None:
+        if self._takes_low_rank(choice, logging.DEBUG) and self._low_rank is not None:
             return self._low_rank.adapt(parameters, adapted, rates, support, rows)
         return self._vmap.adapt(parameters, adapted, rates, support, rows)
 
@@ -145,7 +146,7 @@ class ChoosingEngine:
     ) -> AdaptedLosses:
         """The tasks' query losses; `loss` is the name of the query's event loss. See `LowRankEngine.query_loss`."""
         choice = self.choice(adapted, len(rates), episodes.support, episodes.query, episodes.rows)
-        if self._takes_low_rank(choice) and self._low_rank is not None:
+        if self._takes_low_rank(choice, logging.INFO) and self._low_rank is not None:
             return self._low_rank.query_loss(parameters, adapted, rates, episodes, loss)
         query, of_event = episodes.query, event_loss(loss, self._huber_delta)
         fast = self._vmap.adapt(parameters, adapted, rates, episodes.support, episodes.rows)

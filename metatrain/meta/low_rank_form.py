@@ -1,8 +1,7 @@
 """What the low-rank engine knows of a base learner: its linear layers, the activation between them, and the head.
 
-A learner says so itself by a method `linear_form() -> LinearForm`; the MLP's layout (`layers`, `head`, `offset`) is
-recognised too. `describe` believes neither: it compares the form with the module on random inputs, so a subclass with
-another forward is refused, not mistaken.
+A learner says so itself by a method `linear_form() -> LinearForm`. `describe` does not believe it: it compares the form
+with the module on random inputs, so a subclass with another forward is refused, not mistaken.
 """
 
 from __future__ import annotations
@@ -63,7 +62,13 @@ def describe(learner: nn.Module) -> LinearForm:
     Raises:
         CannotServe: It has none, or what it says of itself is not what it computes.
     """
-    form = _stated(learner)
+    says = getattr(learner, "linear_form", None)
+    if not callable(says):
+        raise CannotServe(f"{type(learner).__name__} does not say which linear layers it is made of")
+    form = says()
+    assert isinstance(form, LinearForm)
+    if form.hidden and form.activation not in ACTIVATIONS:
+        raise CannotServe(f"the derivatives of its activation {form.activation!r} are not known")
     parameters = {**dict(learner.named_parameters()), **dict(learner.named_buffers())}
     known = {name for names in (*form.hidden, form.head) for name in (names.weight, names.bias) if name}
     unknown = [name for name, _ in learner.named_parameters() if name not in known]
@@ -81,27 +86,3 @@ def describe(learner: nn.Module) -> LinearForm:
     if expected.shape != got.shape or not torch.allclose(expected, got, rtol=1e-4, atol=1e-4, equal_nan=True):
         raise CannotServe("its forward is not that of its linear layers")
     return form
-
-
-def _stated(learner: nn.Module) -> LinearForm:
-    says = getattr(learner, "linear_form", None)
-    if callable(says):
-        form = says()
-        assert isinstance(form, LinearForm)
-        return form
-    layers, head = getattr(learner, "layers", None), getattr(learner, "head", None)
-    if not isinstance(layers, nn.ModuleList) or not isinstance(head, nn.Linear):
-        raise CannotServe(f"{type(learner).__name__} does not say which linear layers it is made of")
-    if not all(type(layer) is nn.Linear for layer in layers):
-        raise CannotServe("its hidden layers are not all linear")
-    function = getattr(learner, "_activation", None)
-    activation = next((name for name, known in ACTIVATIONS.items() if known.function is function), None)
-    if layers and activation is None:
-        raise CannotServe("its activation is not one whose derivatives are known")
-    hidden = tuple(
-        LinearNames(f"layers.{i}.weight", None if layer.bias is None else f"layers.{i}.bias")
-        for i, layer in enumerate(layers)
-    )
-    names = LinearNames("head.weight", None if head.bias is None else "head.bias")
-    offset = "offset" if isinstance(getattr(learner, "offset", None), Tensor) else None
-    return LinearForm(hidden, names, activation or "relu", bool(getattr(learner, "_skip", False)), offset)

@@ -7,13 +7,14 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch import nn
 
 from metatrain.meta.episode import Episodes, Examples
 from metatrain.meta.losses import event_loss
 from metatrain.meta.low_rank_choice import ChoosingEngine
 from metatrain.meta.low_rank_cost import Shapes, choose, low_rank_cost, vmap_cost
 from metatrain.meta.low_rank_elementwise import ACTIVATIONS, loss_derivatives
-from metatrain.meta.low_rank_form import CannotServe
+from metatrain.meta.low_rank_form import CannotServe, LinearForm, LinearNames, describe
 from metatrain.model.learners.mlp import MLP
 
 AT = torch.tensor([-3.0, -1.0, -0.3, 0.0, 0.2, 0.9, 1.0, 4.0], dtype=torch.float64)
@@ -117,6 +118,53 @@ def test_the_choice_is_logged_once_with_its_reason(caplog: pytest.LogCaptureFixt
     assert len(caplog.messages) == 1
     assert "low_rank" in caplog.messages[0]
     assert "support" in caplog.messages[0]
+
+
+def test_adapting_without_training_is_logged_for_debugging_alone(caplog: pytest.LogCaptureFixture) -> None:
+    engine, parameters, names, steps, episodes = engine_and_batch()
+    with caplog.at_level(logging.DEBUG):
+        engine.adapt(parameters, names, steps, episodes.support, {})
+        engine.query_loss(parameters, names, steps, episodes, "squared")
+    assert [record.levelname for record in caplog.records] == ["DEBUG", "INFO"]
+
+
+class Renamed(nn.Module):
+    """A learner that keeps its layers under names of its own, and says so."""
+
+    def __init__(self, activation: str = "tanh", says: bool = True) -> None:
+        super().__init__()
+        self.below, self.above = nn.Linear(6, 5), nn.Linear(5, 1, bias=False)
+        hidden, above = LinearNames("below.weight", "below.bias"), LinearNames("above.weight", None)
+        if says:
+            self.linear_form = lambda: LinearForm((hidden,), above, activation)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.above(torch.tanh(self.below(x))).squeeze(-1)
+
+
+def test_a_learner_says_itself_what_it_is_made_of() -> None:
+    form = describe(MLP(6, (5, 4), activation="gelu", skip=False))
+    layers = tuple(LinearNames(f"layers.{n}.weight", f"layers.{n}.bias") for n in range(2))
+    assert form == LinearForm(layers, LinearNames("head.weight", "head.bias"), "gelu", False, "offset")
+    assert describe(MLP(6, ())).hidden == ()
+    assert describe(Renamed()).head.weight == "above.weight"
+
+
+def test_what_a_learner_does_not_say_is_not_guessed() -> None:
+    class Silent(Renamed):
+        """The MLP's attributes, and not its word."""
+
+        def __init__(self) -> None:
+            super().__init__(says=False)
+            self.layers, self.head = nn.ModuleList([self.below]), self.above
+            self._activation, self._skip = torch.tanh, False
+
+    with pytest.raises(CannotServe, match="Silent does not say"):
+        describe(Silent())
+    with pytest.raises(CannotServe, match="'mish' are not known"):
+        describe(Renamed("mish"))
+    with pytest.raises(CannotServe, match="forward"):
+        describe(Renamed("relu"))
 
 
 def test_what_cannot_be_served_goes_by_vmap_with_the_reason() -> None:

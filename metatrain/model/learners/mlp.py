@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, relu, silu
 
+from metatrain.meta.low_rank_form import LinearForm, LinearNames
+
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": relu, "gelu": gelu, "tanh": torch.tanh, "silu": silu}
 
 
@@ -55,8 +57,14 @@ class MLP(nn.Module):
         # Small, not zero: with a zero head the first inner step would leave all that is below it where it is.
         nn.init.normal_(self.head.weight, std=0.1 / math.sqrt(seen))
         nn.init.zeros_(self.head.bias)
-        self._activation = _ACTIVATIONS[activation]
+        self._activation, self._activation_name = _ACTIVATIONS[activation], activation
         self.register_buffer("offset", torch.tensor(float(offset)))
+
+    def linear_form(self) -> LinearForm:
+        """The layers by name, for the low-rank engine."""
+        hidden = tuple(LinearNames(f"layers.{n}.weight", f"layers.{n}.bias") for n in range(len(self.layers)))
+        head = LinearNames("head.weight", "head.bias")
+        return LinearForm(hidden, head, self._activation_name, self._skip, "offset")
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores [..., E] of inputs [..., E, F]."""
