@@ -22,7 +22,7 @@ def identity(config: Config, dataset_fingerprint: str) -> dict[str, Any]:
         "meta": {k: v for k, v in whole["meta"].items() if k not in ("chunk", "engine")},
         "data": {k: whole["data"][k] for k in ("episode", "tasks_per_step", "lanes", "shuffle_row_groups")},
         "train": {k: whole["train"][k] for k in ("optimizer", "seed", "precision", "validate_every")},
-        "evaluate": {"episode": whole["evaluate"]["episode"]},
+        "evaluate": {k: whole["evaluate"][k] for k in ("episode", "seed")},
         "dataset": dataset_fingerprint,
     }
     if config.train.optimizer.schedule != "constant":

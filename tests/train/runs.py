@@ -24,7 +24,7 @@ def recipe(dataset: str, storage_url: str, name: str, train: dict[str, Any] | No
             "log_every": 1,
             "max_failures": 0,
             "checkpoint": {"every_steps": 5},
-            "optimizer": {"warmup_steps": 5, "schedule": "cosine", "table_decay": 1e-4},
+            "optimizer": {"warmup_steps": 5, "table_decay": 1e-4},
             **(train or {}),
         },
         "evaluate": {"episode": {"support_max": 20, "query_max": 5}},
