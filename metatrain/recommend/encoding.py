@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -20,8 +21,16 @@ from metatrain.errors import RequestError, SourceError
 SEPARATOR = "|"
 
 
-def encoded(column: pa.Array, feature: Feature, dataset: TaskDataset, place: Callable[[int], str]) -> Column:
-    """A raw column [n] as a batch's column of n rows. A value outside of the vocabulary gets the unknown id 0.
+class Encoded(NamedTuple):
+    """A column of n rows, and what of it the model doesn't know."""
+
+    column: Column
+    warnings: list[str]
+
+
+def encoded(column: pa.Array, feature: Feature, dataset: TaskDataset, place: Callable[[int], str]) -> Encoded:
+    """A raw column [n] as a batch's column of n rows. A value outside of the vocabulary gets the unknown id 0 (of
+    a multi-valued feature: is left out), and is warned of.
 
     Args:
         column: Text or numbers (categorical), lists or text with `|` (multi), numbers (numeric), lists (vector).
@@ -37,7 +46,8 @@ def encoded(column: pa.Array, feature: Feature, dataset: TaskDataset, place: Cal
         vocabulary = pa.array(dataset.vocabulary(str(feature.table)), pa.string())
     try:
         raw = _raw(column, feature, place)
-        return take(stored(feature_column(encode(feature, raw, vocabulary), feature)), np.arange(len(column)))
+        rows = take(stored(feature_column(encode(feature, raw, vocabulary), feature)), np.arange(len(column)))
+        return Encoded(rows, [] if vocabulary is None else _unknown(raw, feature, vocabulary))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError, SourceError) as error:
         wanted = {
             Kind.MULTI: "a list of texts, or one text with | between the values",
@@ -49,6 +59,22 @@ def encoded(column: pa.Array, feature: Feature, dataset: TaskDataset, place: Cal
             got=str(column.type),
             remedy=f"Give {wanted} an event, or leave the column out.",
         ) from error
+
+
+def _unknown(raw: pa.Array, feature: Feature, vocabulary: pa.Array) -> list[str]:
+    """A warning of values that are given but not in the vocabulary; an empty text is no value."""
+    values = pc.drop_null(raw.flatten() if feature.kind is Kind.MULTI else raw)
+    values = values.filter(pc.and_(pc.not_equal(values, ""), pc.invert(pc.is_in(values, value_set=vocabulary))))
+    if not len(values):
+        return []
+    known = _listed(vocabulary) if len(vocabulary) else "no value at all"
+    plural = "value is" if len(values) == 1 else "values are"
+    what = f"{len(values)} {plural} unknown to the model: {_listed(values.unique())}"
+    return [f"{feature.name}: {what} (it knows {known})."]
+
+
+def _listed(values: pa.Array) -> str:
+    return ", ".join(values[:5].to_pylist()) + (", …" if len(values) > 5 else "")
 
 
 def _raw(column: pa.Array, feature: Feature, place: Callable[[int], str]) -> pa.Array:

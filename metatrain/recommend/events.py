@@ -4,7 +4,7 @@ Columns: `item` (the catalogue's key; MovieLens' id, for one) and `label`; optio
 one user's), `timestamp` (seconds, milliseconds or ISO 8601; without it events are in time order as they stand), and
 any task or event feature of the dataset by its name. The label may be left out where labels are clicks: each is 1.
 What is bad is refused with its place. What is left out by choice (unknown items, events beyond the most recent that
-the model takes, columns that mean nothing here) is counted in `warnings`.
+the model takes, columns that mean nothing here, values of features that training never saw) is counted in `warnings`.
 """
 
 from __future__ import annotations
@@ -118,14 +118,18 @@ def read_requests(events: Events, dataset: TaskDataset, support_max: int) -> Req
         warnings.append(f"{len(without)} users have no event on a known item, and are not adapted to: {shown}.")
     cuts = np.cumsum(np.bincount(codes[kept], minlength=len(names)))[:-1]
     supports = zip(np.split(rows[kept], cuts), np.split(labels[kept], cuts), np.split(times[kept], cuts), strict=True)
+    task_features, unknown_of_users = _task_features(table, dataset, codes, len(names), places)
+    event_features, unknown_of_events = _features(
+        table.take(pa.array(kept)), dataset.schema.of(Level.EVENT), dataset, places.at(kept)
+    )
     return Requests(
         users=tuple(names),
         supports=tuple(supports),
         seen=tuple(np.unique(part) for part in np.split(rows[order], ends[:-1])),
-        task_features=_task_features(table, dataset, codes, len(names), places),
-        event_features=_features(table.take(pa.array(kept)), dataset.schema.of(Level.EVENT), dataset, places.at(kept)),
+        task_features=task_features,
+        event_features=event_features,
         unknown_items=unknown,
-        warnings=tuple(warnings),
+        warnings=(*warnings, *unknown_of_users, *unknown_of_events),
     )
 
 
@@ -206,13 +210,17 @@ def _in_order_of_appearance(users: pa.Array) -> tuple[list[str], np.ndarray]:
 
 def _task_features(
     table: pa.Table, dataset: TaskDataset, codes: np.ndarray, users: int, places: Places
-) -> dict[str, Column]:
+) -> tuple[dict[str, Column], list[str]]:
     # A user's features are those of the first event: it is one person.
     first = np.full(users, len(codes), np.int64)
     np.minimum.at(first, codes, np.arange(len(codes)))
     return _features(table.take(pa.array(first)), dataset.schema.of(Level.TASK), dataset, places.at(first))
 
 
-def _features(table: pa.Table, features: Sequence[Feature], dataset: TaskDataset, places: Places) -> dict[str, Column]:
+def _features(
+    table: pa.Table, features: Sequence[Feature], dataset: TaskDataset, places: Places
+) -> tuple[dict[str, Column], list[str]]:
+    """The features that the table has, encoded, and warnings of values that the model doesn't know."""
     given = [f for f in features if f.name in table.column_names]
-    return {f.name: encoded(_whole(table[f.name]), f, dataset, lambda row, f=f: places(row, f.name)) for f in given}
+    found = {f.name: encoded(_whole(table[f.name]), f, dataset, lambda row, f=f: places(row, f.name)) for f in given}
+    return {name: one.column for name, one in found.items()}, [w for one in found.values() for w in one.warnings]

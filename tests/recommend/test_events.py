@@ -40,7 +40,7 @@ def test_supports_are_in_time_order_by_user(read):
     items, labels, times = requests.supports[0]
     assert (items.tolist(), labels.tolist(), times.tolist()) == ([4, 3], [2.0, 5.0], [20, 30])
     assert requests.seen[1].tolist() == [7]
-    assert requests.warnings == ()
+    assert read([e for e in EVENTS if e["user"] == "7"]).warnings == ()
 
 
 def test_features_are_encoded_as_preparation_does(read):
@@ -50,6 +50,24 @@ def test_features_are_encoded_as_preparation_does(read):
     assert features["age"].tolist() == [2.0, 0.0]  # (48 - 30) / 9; missing is the mean
     assert (features["likes"].values.tolist(), features["likes"].lengths.tolist()) == ([2, 6], [2, 0])
     assert requests.event_features["hour"].tolist() == [0.0, 1.0, -1.0]  # events by user and time
+
+
+def test_values_that_the_model_does_not_know_are_told(read):
+    assert read(EVENTS).warnings == ("zip: 1 value is unknown to the model: none (it knows z0, z1, z2, z3).",)
+    events = [
+        {"user": "7", "item": "item3", "label": 5, "likes": ["w1", "x"], "shade": "pink"},
+        {"user": "7", "item": "item4", "label": 5, "likes": ["y"], "shade": "red"},
+        {"user": "8", "item": "item4", "label": 5, "likes": ["x", "w2", "z"], "shade": "pink"},
+        {"user": "8", "item": "item5", "label": 5, "likes": [], "shade": None},
+    ]
+    requests = read(events)
+    assert requests.warnings == (
+        # Of a user's features the first event's count.
+        "likes: 3 values are unknown to the model: x, z (it knows w0, w1, w2, w3, w4, …).",
+        "shade: 2 values are unknown to the model: pink (it knows red, green, blue).",
+    )
+    assert requests.event_features["shade"].tolist() == [0, 1, 0, 0]
+    assert read([{"item": "item3", "label": 5, "shade": "", "likes": ""}]).warnings == ()
 
 
 def test_every_kind_of_input_reads_the_same(read, tmp_path):
