@@ -55,11 +55,13 @@ class TrainArguments:
 @dataclass(frozen=True)
 class EvaluateArguments:
     """Judges a run on new users, new items and both, beside baselines. Writes evaluation.json and evaluation.png
-    into the run's folder."""
+    into the run's folder. Defaults are the recipe's where a recipe is given, else those the run was trained with."""
 
     evaluate: Annotated[EvaluateConfig, Flat]
     checkpoint: int | None = None
     """Step of the checkpoint. Default: the best by validation loss."""
+    dataset: str | None = None
+    """Where the run's task dataset now lies. Default: where it was trained."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,15 @@ class RecommendArguments:
     events: str | None = None
     """CSV, JSON lines or Parquet with the columns `item` and `label`, and `user`, `timestamp` and the user's features
     where there are any."""
-    user: tuple[str, ...] = ()
-    """Users of the dataset, by key, in place of a file: their own events are the support."""
+    user: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction] = ()
+    """Users of the dataset, by key, in place of a file: their own events are the support. `--user 5 7`, or
+    `--user 5 --user 7`."""
     top: int = 10
     """Length of each list."""
     checkpoint: int | None = None
     """Step of the checkpoint. Default: the best by validation loss."""
+    dataset: str | None = None
+    """Where the run's task dataset now lies. Default: where it was trained."""
     format: Literal["table", "json"] = "table"
     """A table for people, or JSON lines."""
     keep_seen: bool = False
@@ -170,12 +175,14 @@ def _run_url(subject: str) -> str:
 def _evaluate(given: list[str]) -> None:
     subject, rest = _subject(given, "evaluate", "a RUN (its folder, or its recipe)")
     run = _run_url(subject) if subject else ""
-    trained = storage.join(run, "config.yaml")
-    default = load_config(trained).evaluate if run and storage.exists(trained) else EvaluateConfig()
+    # A recipe's own protocol, which may have changed since: it is the recipe that the user names.
+    asked = subject if _is_recipe(subject) else storage.join(run, "config.yaml")
+    default = load_config(asked).evaluate if run and storage.exists(asked) else EvaluateConfig()
     options = _parse(EvaluateArguments, EvaluateArguments(default), rest, "evaluate RUN")
     from metatrain.evaluate.evaluation import evaluate_run
 
-    print(evaluate_run(run, evaluate=options.evaluate, checkpoint=options.checkpoint).table())
+    report = evaluate_run(run, evaluate=options.evaluate, checkpoint=options.checkpoint, dataset=options.dataset)
+    print(report.table())
 
 
 def _recommend(given: list[str]) -> None:
@@ -185,8 +192,9 @@ def _recommend(given: list[str]) -> None:
         raise ConfigError("`metatrain recommend` needs `--events FILE` or `--user KEY`.", remedy="Give one of the two.")
     from metatrain.recommend.recommender import Recommender
 
-    recommender = Recommender.load(_run_url(subject), checkpoint=options.checkpoint)
-    adapted = recommender.adapt(options.events) if options.events else recommender.adapt_users(options.user)
+    recommender = Recommender.load(_run_url(subject), checkpoint=options.checkpoint, dataset=options.dataset)
+    users = [key for keys in options.user for key in keys]
+    adapted = recommender.adapt(options.events) if options.events else recommender.adapt_users(users)
     render = adapted.json_lines if options.format == "json" else adapted.table
     print(render(options.top, exclude_seen=not options.keep_seen, min_events=options.min_events))
 
