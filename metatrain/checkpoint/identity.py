@@ -58,10 +58,10 @@ def check_scoring(saved: dict[str, Any], current: dict[str, Any], where: str) ->
     )
     if shown := _differing(saved, current):
         raise CheckpointError(
-            "The run's configuration does not fit its checkpoint: it would score as another model than was trained.",
+            "The configuration does not fit the run's checkpoint: it describes another model than was trained.",
             where=where,
             got=shown,
-            remedy="Restore these fields in the run's config.yaml, or train a run of another `run.name` with them.",
+            remedy="Restore these fields, or train a run of another `run.name` with them.",
         )
 
 

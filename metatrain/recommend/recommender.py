@@ -17,9 +17,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from metatrain import storage
 from metatrain.checkpoint import load_for_inference
 from metatrain.checkpoint.identity import check_scoring, identity
-from metatrain.config import Config
+from metatrain.config import Config, load_config
 from metatrain.data.batch import Column, Ragged, TaskBatch
 from metatrain.data.columns import stored, take
 from metatrain.data.dataset import TaskDataset
@@ -80,10 +81,15 @@ class Recommender:
                 "The run was trained on another task dataset than the one that lies here.",
                 where=opened.url,
                 got=f"fingerprint {opened.fingerprint[:12]}, trained on {str(trained_on)[:12]}",
-                remedy="Prepare it again as it was, train again, or name the right one.",
+                remedy="Prepare it again as it was, train again, or name the right one (--dataset URL).",
             )
-        current = identity(loaded.config, opened.fingerprint)
-        check_scoring(loaded.marker.identity, current, f"{run_url}: config.yaml, checkpoint {loaded.step}")
+        described = {f"{run_url}, checkpoint {loaded.step}": loaded.config}
+        # Scoring goes by the checkpoint's own configuration: an edit of the run's file would be without effect, and
+        # without a word.
+        if storage.exists(file := storage.join(run_url, "config.yaml")):
+            described[file] = load_config(file)
+        for where, config in described.items():
+            check_scoring(loaded.marker.identity, identity(config, opened.fingerprint), where)
         model = build_model(opened.schema, loaded.config, torch.device(device))
         try:
             model.load_state_dict(loaded.state)
@@ -92,7 +98,7 @@ class Recommender:
                 "The checkpoint is of another model.",
                 where=f"{run_url}, step {loaded.step}",
                 got=str(error).replace("\n", " ")[:500],
-                remedy="Use the config.yaml that the run was trained with.",
+                remedy="Use the release that wrote it, or train again.",
             ) from error
         return cls(model, opened, loaded.config, run_url=run_url, step=loaded.step)
 

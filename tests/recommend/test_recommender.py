@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from metatrain.checkpoint.identity import identity
+from metatrain.config import to_yaml
 from metatrain.data.assemble import batch_from_events
 from metatrain.data.manifest import ItemSet, Split
 from metatrain.data.reader import iterate
@@ -273,7 +274,19 @@ def test_load_refuses_a_configuration_that_scores_otherwise(recommender, monkeyp
     with pytest.raises(CheckpointError, match="does not fit") as error:
         Recommender.load("runs/some")
     assert error.value.got == refused
-    assert "config.yaml" in error.value.remedy
+    assert "Restore" in error.value.remedy
+
+
+def test_load_refuses_an_edited_configuration_file(recommender, monkeypatch, tmp_path):
+    content = loaded(recommender, recommender.dataset.fingerprint)
+    monkeypatch.setattr(recommender_module, "load_for_inference", lambda url, step: content)
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(recommender.config))
+    Recommender.load(str(tmp_path))
+    file.write_text(to_yaml(recommender.config).replace("  steps: 2\n", "  steps: 9\n"))
+    with pytest.raises(CheckpointError, match="does not fit") as error:
+        Recommender.load(str(tmp_path))
+    assert (error.value.where, error.value.got) == (str(file), "meta.steps: was 2, is 9")
 
 
 def test_evaluation_of_the_first_tasks_alone_says_so(recommender):
