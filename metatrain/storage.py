@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import posixpath
+import re
 import uuid
 from collections.abc import Callable
 from typing import IO, Any, TypeVar, cast
@@ -20,6 +21,8 @@ Result = TypeVar("Result")
 
 # What another try cannot mend.
 _FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError)
+# What `write_atomic` adds to a name.
+_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp$")
 
 
 def retried(call: Callable[[], Result]) -> Result:
@@ -155,6 +158,22 @@ def write_atomic(url: str, data: bytes | str) -> None:
                 os.unlink(temporary)
 
     retried(publish)
+
+
+def published_name(name: str) -> str:
+    """The name that a file was to have which a killed `write_atomic` left; any other name as it is."""
+    return _TEMPORARY.sub("", name)
+
+
+def move(url: str, to: str) -> None:
+    """Moves a file or a folder to where nothing is: a rename on a disk, a copy on an object store."""
+    fs, path = filesystem(url)
+    target = filesystem(to)[1]
+    if is_local(url):
+        os.replace(path, target)
+    else:
+        # Not tried again: half of a folder may be there by then, and the store would put the whole one into it.
+        fs.mv(path, target, recursive=True)
 
 
 def remove(url: str) -> None:

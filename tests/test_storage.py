@@ -68,3 +68,27 @@ def test_a_missing_file_and_an_unknown_store_say_what_to_do(tmp_path):
 def test_a_relative_path_becomes_absolute_and_a_url_stays():
     assert storage.absolute("runs") == os.path.join(os.getcwd(), "runs")
     assert storage.absolute("s3://bucket/runs") == "s3://bucket/runs"
+
+
+@pytest.mark.parametrize("store", ["disk", "memory"])
+def test_a_moved_folder_is_whole_and_gone_from_where_it_was(tmp_path, store):
+    url = str(tmp_path) if store == "disk" else "memory://moved"
+    storage.write_atomic(storage.join(url, "a/new/x/1"), "one")
+    storage.write_atomic(storage.join(url, "a/new/2"), "two")
+    storage.move(storage.join(url, "a/new"), storage.join(url, "old"))
+    assert storage.list_folder(storage.join(url, "old")) == ["2", "x"]
+    assert storage.read_text(storage.join(url, "old/x/1")) == "one"
+    assert not storage.exists(storage.join(url, "a/new/2"))
+    storage.move(storage.join(url, "old/2"), storage.join(url, "3"))
+    assert storage.read_text(storage.join(url, "3")) == "two"
+
+
+def test_what_a_killed_publication_leaves_is_known_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.replace", lambda *_: None)
+    monkeypatch.setattr("os.unlink", lambda _: None)
+    storage.write_atomic(str(tmp_path / "a.json"), "{}")
+    (left,) = storage.list_folder(str(tmp_path))
+    assert left != "a.json"
+    assert storage.published_name(left) == "a.json"
+    assert storage.published_name("a.json") == "a.json"
+    assert storage.published_name("notes.tmp") == "notes.tmp"

@@ -1,6 +1,7 @@
 """TaskDataset: a prepared dataset opened for reading. The manifest is checked now, all else when it is asked for.
 
-Whatever is read is checked against the manifest: a catalogue that was changed or cut is refused, never used.
+Whatever is read is checked against the manifest: a catalogue or a vocabulary that was changed or cut is refused,
+never used.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import pyarrow.parquet as pq
 
 from metatrain import storage
 from metatrain.data.batch import Column, Ragged
-from metatrain.data.manifest import FILE, Manifest, read_manifest
+from metatrain.data.manifest import Manifest, read_manifest
 from metatrain.data.schema import Kind, Level, Schema
 from metatrain.errors import DatasetError
 
@@ -51,8 +52,8 @@ class Catalogue:
 class TaskDataset:
     """A task dataset at a URL. Picklable; holds no open file."""
 
-    def __init__(self, url: str, manifest: Manifest, fingerprint: str) -> None:
-        self.url, self.manifest, self.fingerprint = url, manifest, fingerprint
+    def __init__(self, url: str, manifest: Manifest) -> None:
+        self.url, self.manifest = url, manifest
 
     @classmethod
     def open(cls, url: str) -> TaskDataset:
@@ -62,12 +63,15 @@ class TaskDataset:
             DatasetError: No dataset there, not one of ours, or of another version.
         """
         place = storage.absolute(url)
-        manifest = read_manifest(place)
-        digest = hashlib.sha256(storage.read_bytes(storage.join(place, FILE))).hexdigest()
-        return cls(place, manifest, digest)
+        return cls(place, read_manifest(place))
 
     def __reduce__(self):
-        return TaskDataset, (self.url, self.manifest, self.fingerprint)
+        return TaskDataset, (self.url, self.manifest)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The identity of the content (see `Manifest.fingerprint`)."""
+        return self.manifest.fingerprint
 
     @property
     def schema(self) -> Schema:
@@ -81,16 +85,7 @@ class TaskDataset:
         Raises:
             DatasetError: The file is missing, or is not the one that the manifest was written for.
         """
-        path = storage.join(self.url, CATALOGUE)
-        data = self._bytes(path)
-        if (digest := hashlib.sha256(data).hexdigest()) != self.manifest.catalogue_sha256:
-            raise DatasetError(
-                "The catalogue is not the one of this manifest: its checksum differs.",
-                where=path,
-                got=f"sha256 {digest}, expected {self.manifest.catalogue_sha256}",
-                remedy="Prepare the dataset again.",
-            )
-        table = pq.read_table(pa.BufferReader(data))
+        table = self._table("catalogue", CATALOGUE, self.manifest.catalogue_sha256)
         features = {f.name: column_arrays(table[f"item:{f.name}"], f.kind) for f in self.schema.of(Level.ITEM)}
         keys = table["key"].combine_chunks()
         return Catalogue(
@@ -106,7 +101,7 @@ class TaskDataset:
         """The values of an embedding table, by id from 1 on; empty for a table of hash buckets.
 
         Raises:
-            DatasetError: No feature uses such a table, or its file is missing or broken.
+            DatasetError: No feature uses such a table, or its file is missing, or not that of the manifest.
         """
         features = [f for f in self.schema.features if f.table == table]
         if not features:
@@ -116,18 +111,22 @@ class TaskDataset:
             )
         if features[0].buckets:
             return []
-        path = storage.join(self.url, "vocabularies", f"{table}.parquet")
-        try:
-            return pq.read_table(pa.BufferReader(self._bytes(path)))["value"].to_pylist()
-        except (pa.ArrowInvalid, OSError, KeyError) as error:
-            raise DatasetError(
-                f"The vocabulary is broken: {error}.", where=path, remedy="Prepare the dataset again."
-            ) from error
+        checksum = self.manifest.vocabularies_sha256.get(table)
+        return self._table("vocabulary", f"vocabularies/{table}.parquet", checksum)["value"].to_pylist()
 
-    def _bytes(self, path: str) -> bytes:
+    def _table(self, what: str, file: str, checksum: str | None) -> pa.Table:
+        path = storage.join(self.url, file)
         if not storage.exists(path):
             raise DatasetError("A file of the dataset is missing.", where=path, remedy="Prepare the dataset again.")
-        return storage.read_bytes(path)
+        data = storage.read_bytes(path)
+        if (digest := hashlib.sha256(data).hexdigest()) != checksum:
+            raise DatasetError(
+                f"The {what} is not the one of this manifest: its checksum differs.",
+                where=path,
+                got=f"sha256 {digest}, expected {checksum}",
+                remedy="Prepare the dataset again.",
+            )
+        return pq.read_table(pa.BufferReader(data))
 
 
 def column_arrays(column: pa.Array | pa.ChunkedArray, kind: Kind) -> Column:

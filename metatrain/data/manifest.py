@@ -20,6 +20,7 @@ fixed_size_list<float, width> (vector); an event feature's is a list of that.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from enum import StrEnum
 from typing import Any
@@ -84,6 +85,8 @@ class Manifest(_Frozen):
     #: What preparation left out by choice, by reason; shown to the user.
     skipped: dict[str, int]
     catalogue_sha256: str
+    #: Of each table's vocabulary file, by the table's name.
+    vocabularies_sha256: dict[str, str]
     #: The resolved `prepare` configuration, and where the data came from.
     prepared_with: dict[str, Any]
     #: Free facts for people, such as a synthetic log's Bayes-optimal error.
@@ -92,6 +95,17 @@ class Manifest(_Frozen):
     def of(self, split: Split) -> tuple[Shard, ...]:
         """The shards of one split, in the plan's order (by path)."""
         return tuple(sorted((s for s in self.shards if s.split is split), key=lambda s: s.path))
+
+    @property
+    def fingerprint(self) -> str:
+        """The identity of the content: sha256 of the schema and of every file's checksum.
+
+        Where the raw files were, when they were read and by which release does not count: the same input prepared
+        again, or elsewhere, has the same fingerprint (with the same pyarrow, which decides how values are packed).
+        """
+        content = self.model_dump(mode="json", include={"schema_", "catalogue_sha256", "vocabularies_sha256"})
+        content["shards"] = [shard.model_dump(mode="json") for shard in sorted(self.shards, key=lambda s: s.path)]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def write(self, url: str) -> None:
         """Publishes the manifest, which makes the dataset exist."""

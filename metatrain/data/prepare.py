@@ -7,7 +7,6 @@ write. The manifest comes last, so a preparation that is killed leaves no datase
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from typing import Any
 
@@ -16,11 +15,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import ValidationError
 
-from metatrain import __version__, storage
+from metatrain import storage
 from metatrain.config import PrepareConfig
 from metatrain.data import manifest as manifests
-from metatrain.data.manifest import Manifest, Shard, Split, read_manifest
+from metatrain.data.manifest import Manifest, Shard, Split
 from metatrain.data.prepare_encode import encode, stored_feature, vocabularies
+from metatrain.data.prepare_output import origin_of, output_folder, ready_dataset
 from metatrain.data.prepare_ray import mapped, partitioned, quiet_ray, shared
 from metatrain.data.prepare_rows import Reading, RowKind, group, read_rows
 from metatrain.data.prepare_shards import (
@@ -36,7 +36,7 @@ from metatrain.data.prepare_shards import (
 from metatrain.data.prepare_splits import Thresholds, check_splits, new_items, split_file_chunks, time_thresholds
 from metatrain.data.schema import ITEM_FEATURE, Feature, Kind, LabelKind, Level, Schema
 from metatrain.data.sources import RawLog, raw_type, read_source
-from metatrain.errors import ConfigError, DatasetError, SourceError
+from metatrain.errors import ConfigError, SourceError
 
 #: A log of so many events is one partition: shuffling would only start more processes, which takes longer.
 _ONE_PARTITION_EVENTS = 2_000_000
@@ -45,21 +45,24 @@ _PARTITION_EVENTS = 500_000
 _MOST_PARTITIONS = 4096
 #: The training split is cut into about this many row groups, so that an epoch's order is random enough.
 _ROW_GROUPS = 128
-_PARTS = ("catalogue.parquet", "vocabularies", "shards", STAGING)
 
 log = logging.getLogger(__name__)
 
 
-def prepare(config: PrepareConfig, out: str, progress: bool = True, overwrite: bool = False) -> Manifest:
+def prepare(
+    config: PrepareConfig, out: str, progress: bool = True, overwrite: bool = False, address: str | None = None
+) -> Manifest:
     """Prepares a task dataset at `out` and returns its manifest.
 
-    A dataset of the same configuration and unchanged source files is left as it is.
+    A dataset of the same configuration and of source files that hold the same is left as it is.
 
     Args:
         config: What to read and how.
         out: URL of the dataset's folder.
         progress: Whether to show bars, on a terminal.
-        overwrite: Whether to replace another dataset at `out`.
+        overwrite: Whether to replace another dataset at `out`. The old one stays until the new one is whole, so
+            that there must be room for both.
+        address: Of a Ray cluster, where this process has no Ray yet. Default: a local Ray that ends with the call.
 
     Raises:
         ConfigError: Settings that contradict each other or the source.
@@ -76,20 +79,14 @@ def prepare(config: PrepareConfig, out: str, progress: bool = True, overwrite: b
         )
     url = storage.absolute(out)
     raw = read_source(config)
-    origin = {
-        "metatrain": __version__,
-        "source": raw.name,
-        "config": config.model_dump(mode="json"),
-        "fingerprint": json.loads(json.dumps(raw.fingerprint)),
-        "notes": raw.notes,
-    }
+    origin = origin_of(config, raw)
     for note in raw.notes:
         log.info("%s", note)
-    if (ready := _cleared(url, origin, overwrite)) is not None:
+    if (ready := ready_dataset(url, origin, overwrite)) is not None:
         log.info("The dataset at %s is of this configuration and these files already: nothing to do.", url)
         return ready
-    with quiet_ray(progress):
-        return _prepare(config, url, raw, origin)
+    with quiet_ray(progress, address), output_folder(url) as folder:
+        return _prepare(config, folder, raw, origin)
 
 
 def summary(manifest: Manifest) -> str:
@@ -106,45 +103,6 @@ def summary(manifest: Manifest) -> str:
         f"  {name.replace('_', ' ')}: {value:.6g}" for name, value in manifest.facts.items() if isinstance(value, float)
     ]
     return "\n".join(lines)
-
-
-def _cleared(url: str, origin: dict[str, Any], overwrite: bool) -> Manifest | None:
-    """Makes `url` free for a dataset; gives back the one that is there when it is the wanted one."""
-    there = storage.list_folder(url)
-    if manifests.FILE in there:
-        if not overwrite:
-            manifest = read_manifest(url)
-            if _same(manifest.prepared_with, origin):
-                return manifest
-            raise DatasetError(
-                "There is another dataset here: its configuration or its source files differ.",
-                where=url,
-                got=_first_difference(manifest.prepared_with, origin),
-                remedy="Name another folder, or replace this one with --overwrite.",
-            )
-        storage.remove(storage.join(url, manifests.FILE))
-    elif strangers := [name for name in there if name not in _PARTS]:
-        raise DatasetError(
-            "The folder holds something that is not a dataset.",
-            where=url,
-            got=", ".join(strangers[:5]),
-            remedy="Name another folder, or empty this one.",
-        )
-    for name in set(there) & set(_PARTS):
-        storage.remove(storage.join(url, name))
-    return None
-
-
-def _same(before: dict[str, Any], now: dict[str, Any]) -> bool:
-    return all(before.get(name) == now[name] for name in ("metatrain", "source", "config", "fingerprint"))
-
-
-def _first_difference(before: dict[str, Any], now: dict[str, Any]) -> str:
-    old, new = before.get("config") or {}, now["config"]
-    for name in new:
-        if old.get(name) != new[name]:
-            return f"prepare.{name}: {old.get(name)!r} there, {new[name]!r} wanted"
-    return "other source files" if before.get("fingerprint") != now["fingerprint"] else "another release of metatrain"
 
 
 def _prepare(config: PrepareConfig, url: str, raw: RawLog, origin: dict[str, Any]) -> Manifest:
@@ -181,8 +139,10 @@ def _prepare(config: PrepareConfig, url: str, raw: RawLog, origin: dict[str, Any
     shards: list[Shard] = []
     for written in mapped(staged, lambda s: write_shards(s, index(), config, thresholds, encoding())):
         shards += written
-    for table, values in vocabulary.items():
-        _write_table(url, f"vocabularies/{table}.parquet", pa.table({"value": values}))
+    checksums = {
+        table: _write_table(url, f"vocabularies/{table}.parquet", pa.table({"value": values}))
+        for table, values in vocabulary.items()
+    }
     checksum = _write_table(url, "catalogue.parquet", _encoded_catalogue(catalogue, new, counts, schema, vocabulary))
     storage.remove(storage.join(url, STAGING))
     result = Manifest(
@@ -196,6 +156,7 @@ def _prepare(config: PrepareConfig, url: str, raw: RawLog, origin: dict[str, Any
         events={split: sum(s.events for s in shards if s.split is split) for split in Split},
         skipped=skipped,
         catalogue_sha256=checksum,
+        vocabularies_sha256=checksums,
         prepared_with=origin,
         facts=raw.facts,
     )

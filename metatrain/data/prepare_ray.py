@@ -27,11 +27,18 @@ _VALUE = "value"
 
 
 @contextmanager
-def quiet_ray(progress: bool) -> Iterator[None]:
-    """A Ray session for the block: the one that is there, or a local one that ends with it. Errors come out bare."""
+def quiet_ray(progress: bool, address: str | None = None) -> Iterator[None]:
+    """A Ray session for the block: the one this process has, the cluster at `address`, or a local one of its own.
+
+    What was started or joined here is left when the block ends. Errors come out bare.
+    """
     started = not ray.is_initialized()
-    if started:
-        ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if started and address:
+        ray.init(address=address, **quiet)
+    elif started:
+        # Without an address Ray would join whatever cluster $RAY_ADDRESS, or another user of this machine, names.
+        ray.init(address="local", include_dashboard=False, **quiet)
     context = DataContext.get_current()
     saved = {name: getattr(context, name) for name in _SETTINGS}
     bars = progress and sys.stderr.isatty()

@@ -188,7 +188,9 @@ def _publish(url: str, path: str, split: Split, table: pa.Table, events: int, gr
 
 
 def parquet_bytes(table: pa.Table, row_group: int | None = None) -> bytes:
-    """A table as a Parquet file, in row groups of exactly `row_group` rows but the last."""
+    """A table as a Parquet file, in row groups of exactly `row_group` rows but the last; each page with a checksum."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, row_group_size=row_group or max(table.num_rows, 1), compression="zstd")
+    size = row_group or max(table.num_rows, 1)
+    # Without the checksums most flipped bits decode to other values, and would be trained on.
+    pq.write_table(table, sink, row_group_size=size, compression="zstd", write_page_checksum=True)
     return sink.getvalue().to_pybytes()

@@ -54,7 +54,8 @@ def check_splits(config: PrepareConfig) -> None:
     """Refuses a split whose settings contradict each other, before anything is read.
 
     Raises:
-        ConfigError: `given` without exactly one of column and file; shares of 1 and more.
+        ConfigError: `given` without exactly one of column and file; a setting that the split would ignore; shares of 1
+            and more.
     """
     users, items = config.user_split, config.item_split
     for name, split in (("user_split", users), ("item_split", items)):
@@ -64,12 +65,20 @@ def check_splits(config: PrepareConfig) -> None:
                 where=f"prepare.{name}",
                 remedy=f"Set one of prepare.{name}.column and prepare.{name}.file.",
             )
-        if split.by != "given" and split.file is not None:
+    for setting, value, by, kinds in (
+        ("user_split.column", users.column, users.by, ("given",)),
+        ("user_split.file", users.file, users.by, ("given",)),
+        ("item_split.column", items.column, items.by, ("given", "time")),
+        ("item_split.after", items.after, items.by, ("time",)),
+        ("item_split.file", items.file, items.by, ("given",)),
+    ):
+        if value is not None and by not in kinds:
+            section, _, field = setting.partition(".")
             raise ConfigError(
-                f"A split file is used by `given` alone, not by `{split.by}`.",
-                where=f"prepare.{name}.file",
-                got=split.file,
-                remedy=f"Set prepare.{name}.by to given, or leave the file out.",
+                f"The setting `{field}` has no part in a split by `{by}`.",
+                where=f"prepare.{setting}",
+                got=value,
+                remedy=f"Set prepare.{section}.by to {' or '.join(kinds)}, or leave `{field}` out.",
             )
     if users.validation + users.test >= 1:
         raise ConfigError(
@@ -84,6 +93,12 @@ def check_splits(config: PrepareConfig) -> None:
             where="prepare.item_split",
             remedy="Set both, or neither to split by the time of an item's first event.",
         )
+
+
+def split_files(config: PrepareConfig) -> dict[str, list[RawFile]]:
+    """The files that tell the splits, by the setting that names them."""
+    named = {"user_split": config.user_split.file, "item_split": config.item_split.file}
+    return {name: [RawFile(storage.absolute(file))] for name, file in named.items() if file is not None}
 
 
 def split_file_chunks(path: str) -> list[Chunk]:

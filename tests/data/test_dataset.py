@@ -33,14 +33,30 @@ def test_the_catalogue_holds_every_item(tiny_dataset: Callable[..., str]):
             assert len(column) == len(catalogue)
 
 
-def test_a_dataset_survives_pickling_and_its_fingerprint_is_the_manifests(tiny_dataset: Callable[..., str]):
+def test_a_dataset_survives_pickling(tiny_dataset: Callable[..., str]):
     dataset = TaskDataset.open(tiny_dataset())
     again = pickle.loads(pickle.dumps(dataset))
     assert (again.url, again.manifest, again.fingerprint) == (dataset.url, dataset.manifest, dataset.fingerprint)
-    other = tiny_dataset(fresh=True)
-    manifest = Path(other) / "manifest.json"
-    manifest.write_text(manifest.read_text() + "\n")
-    assert TaskDataset.open(other).fingerprint != dataset.fingerprint
+
+
+def test_a_fingerprint_is_of_the_content_alone(tiny_dataset: Callable[..., str]):
+    manifest = TaskDataset.open(tiny_dataset()).manifest
+    for told in (
+        {"prepared_with": {"metatrain": "9.9", "config": {"path": "/elsewhere"}, "notes": ["from a cache"]}},
+        {"facts": {"ratings": "/elsewhere/u.data"}, "name": "other"},
+        {"shards": manifest.shards[::-1]},
+    ):
+        assert manifest.model_copy(update=told).fingerprint == manifest.fingerprint
+    shard = manifest.shards[0].model_copy(update={"sha256": "0" * 64})
+    vocabularies = manifest.vocabularies_sha256
+    for held in (
+        {"shards": (shard, *manifest.shards[1:])},
+        {"shards": manifest.shards[1:]},
+        {"catalogue_sha256": "0" * 64},
+        {"vocabularies_sha256": vocabularies | {"word": vocabularies["zip"]}},
+        {"schema_": manifest.schema_.model_copy(update={"label_mean": 2.0})},
+    ):
+        assert manifest.model_copy(update=held).fingerprint != manifest.fingerprint
 
 
 def test_a_changed_or_missing_catalogue_is_refused(tiny_dataset: Callable[..., str]):
@@ -54,6 +70,18 @@ def test_a_changed_or_missing_catalogue_is_refused(tiny_dataset: Callable[..., s
     path.unlink()
     with pytest.raises(DatasetError, match="missing"):
         _ = TaskDataset.open(url).catalogue
+
+
+def test_a_changed_or_missing_vocabulary_is_refused(tiny_dataset: Callable[..., str]):
+    url = tiny_dataset(fresh=True)
+    path, other = (Path(url) / "vocabularies" / f"{table}.parquet" for table in ("word", "zip"))
+    path.write_bytes(other.read_bytes())  # as readable as the right one
+    with pytest.raises(DatasetError, match="vocabulary is not the one of this manifest") as error:
+        TaskDataset.open(url).vocabulary("word")
+    assert error.value.where == str(path)
+    path.unlink()
+    with pytest.raises(DatasetError, match="missing"):
+        TaskDataset.open(url).vocabulary("word")
 
 
 def test_a_table_that_is_not_there_is_refused(tiny_dataset: Callable[..., str]):

@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +20,10 @@ import ray
 
 from metatrain.config import FeatureSource, ItemSplit, PrepareConfig, Synthetic, UserSplit
 from metatrain.data.dataset import TaskDataset
-from metatrain.data.manifest import Split
+from metatrain.data.manifest import Manifest, Split
 from metatrain.data.prepare import prepare, summary
 from metatrain.data.schema import Level
+from metatrain.data.shards import verify_shards
 from metatrain.errors import ConfigError, DatasetError, SourceError
 
 pytestmark = [pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(300)]
@@ -209,7 +213,7 @@ def test_the_same_again_is_left_and_another_is_refused_unless_told(tmp_path: Pat
     log.events.append(log.events[0] | {"timestamp": 5000})
     with pytest.raises(DatasetError, match="another dataset") as error:
         prepare(log.config(), url, progress=False)
-    assert error.value.got == "other source files"
+    assert error.value.got == "other source files (events)"
     few = prepare(other, url, progress=False, overwrite=True)
     assert few.skipped["users with fewer than 8 events"] == sum(6 + u % 4 < 8 for u in range(1, 30))
     assert TaskDataset.open(url).manifest == few
@@ -229,9 +233,97 @@ def test_what_an_interrupted_preparation_left_is_cleared(tmp_path: Path):
     (tmp_path / "out" / "staging" / "00000.tasks.arrow").write_bytes(b"part")
     (tmp_path / "out" / "shards" / "train").mkdir(parents=True)
     (tmp_path / "out" / "shards" / "train" / "00007.parquet").write_bytes(b"part")
-    manifest = prepare(Log(tmp_path / "log").config(), str(tmp_path / "out"), progress=False)
-    left = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out" / "shards").rglob("*.parquet")}
-    assert left == {shard.path for shard in manifest.shards}
+    for part in ("shards/train/00008.parquet", "catalogue.parquet", "manifest.json"):
+        # What `storage.write_atomic` leaves when it is killed.
+        (tmp_path / "out" / f"{part}.{'0a' * 16}.tmp").write_bytes(b"part")
+    config = Log(tmp_path / "log").config()
+    manifest = prepare(config, str(tmp_path / "out"), progress=False)
+    assert files(tmp_path / "out") == files_of(manifest)
+    # The same of one that was to replace a dataset.
+    (tmp_path / "out" / "staging" / "new" / "shards").mkdir(parents=True)
+    (tmp_path / "out" / f"manifest.json.{'0a' * 16}.tmp").write_bytes(b"part")
+    assert prepare(config, str(tmp_path / "out"), progress=False) == manifest
+    manifest = prepare(config, str(tmp_path / "out"), progress=False, overwrite=True)
+    assert files(tmp_path / "out") == files_of(manifest)
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def files_of(manifest: Manifest) -> set[str]:
+    vocabularies = {f"vocabularies/{table}.parquet" for table in manifest.vocabularies_sha256}
+    return {shard.path for shard in manifest.shards} | vocabularies | {"catalogue.parquet", "manifest.json"}
+
+
+def test_a_preparation_that_fails_leaves_the_dataset_it_was_to_replace(tmp_path: Path):
+    log, out = Log(tmp_path / "log"), tmp_path / "out"
+    before = prepare(log.config(shards=2), str(out), progress=False)
+    content = {name: (out / name).read_bytes() for name in files(out)}
+    log.split = dict.fromkeys(log.split, "test")  # found out after the shuffle
+    with pytest.raises(SourceError, match="No training user"):
+        prepare(log.config(), str(out), progress=False, overwrite=True)
+    assert {name: (out / name).read_bytes() for name in files(out)} == content
+    dataset = TaskDataset.open(str(out))
+    assert dataset.manifest == before
+    assert verify_shards(str(out), before) > 0
+    assert len(dataset.catalogue) == before.items
+    # And when it goes well nothing of the old one stays: here shards of a second partition.
+    after = prepare(Log(tmp_path / "log").config(), str(out), progress=False, overwrite=True)
+    assert files(out) == files_of(after)
+    assert len(after.shards) < len(before.shards)
+    assert verify_shards(str(out), after) > 0
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_the_same_input_gives_the_same_dataset_wherever_and_whenever(tmp_path: Path, shards: int):
+    urls = [str(tmp_path / "out-a"), str(tmp_path / "out-b")]
+    configs = [Log(tmp_path / name).config(shards=shards) for name in ("a", "elsewhere/b")]
+    for path in (tmp_path / "elsewhere" / "b").iterdir():
+        os.utime(path, (1, 1))
+    first, second = (prepare(c, url, progress=False) for c, url in zip(configs, urls, strict=True))
+    assert first.prepared_with != second.prepared_with
+    assert TaskDataset.open(urls[0]).fingerprint == TaskDataset.open(urls[1]).fingerprint
+    for name in files_of(first) - {"manifest.json"}:
+        assert (tmp_path / "out-a" / name).read_bytes() == (tmp_path / "out-b" / name).read_bytes()
+    # So either is there already where the other is wanted, whichever release made it and whenever its files came.
+    manifest = first.model_copy(update={"prepared_with": first.prepared_with | {"metatrain": "0.0.1"}})
+    manifest.write(urls[0])
+    assert prepare(configs[1], urls[0], progress=False) == manifest
+
+
+@pytest.mark.parametrize("role", ["user_split", "item_split", "users", "items"])
+def test_a_change_in_any_table_makes_another_dataset(tmp_path: Path, role: str):
+    log, url = Log(tmp_path / "log"), str(tmp_path / "out")
+    new = tmp_path / "new.csv"
+    new.write_text("key,split\ni1,new\n")
+    by_file = ItemSplit(by="given", file=str(new))
+    prepare(log.config(item_split=by_file), url, progress=False)
+    if role == "user_split":
+        log.split["u0"], log.split["u1"] = log.split["u1"], log.split["u0"]
+    elif role == "item_split":
+        new.write_text("key,split\ni2,new\n")
+    else:
+        getattr(log, role)[0] |= {"age": 61} if role == "users" else {"genre": "f"}
+    with pytest.raises(DatasetError, match="another dataset") as error:
+        prepare(log.config(item_split=by_file), url, progress=False)
+    assert error.value.got == f"other source files ({role})"
+
+
+def test_preparing_joins_no_cluster_that_it_was_not_told_to():
+    code = """
+from metatrain.data.prepare_ray import quiet_ray
+import ray
+with quiet_ray(progress=False):
+    print(ray.get_runtime_context().gcs_address)
+"""
+    # Nobody listens there: joining would fail.
+    environment = os.environ | {"RAY_ADDRESS": "127.0.0.1:9"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "127.0.0.1:9\n" not in done.stdout
 
 
 @pytest.mark.parametrize("shards", [1, 2])

@@ -16,6 +16,7 @@ import pytest
 
 from metatrain.config import FeatureSource, PrepareConfig
 from metatrain.data.sources import download, read_source
+from metatrain.data.sources.files import fingerprints
 from metatrain.data.sources.movielens import GENRES_100K
 from metatrain.errors import ConfigError, SourceError
 
@@ -73,6 +74,30 @@ def tables(config: PrepareConfig) -> dict[str, list[dict[str, Any]]]:
         name: [row for c in chunks for rows in c.read() for row in rows.table.to_pylist()]
         for name, chunks in parts.items()
     }
+
+
+@pytest.mark.parametrize("packed", ["folder", "zip"])
+@pytest.mark.parametrize("release", list(RELEASES))
+def test_every_table_of_a_release_is_known_by_what_it_holds(tmp_path: Path, release: str, packed: str):
+    def known(folder: str, changed: str | None = None) -> dict[str, list[str]]:
+        path = write(tmp_path / folder, release)
+        if changed is not None:
+            (path / changed).write_bytes(RELEASES[release][changed].replace(b"7", b"9"))
+        if packed == "zip":
+            with zipfile.ZipFile(tmp_path / f"{folder}.zip", "w") as archive:
+                for file in sorted(path.iterdir()):
+                    archive.write(file, f"ml/{file.name}")
+            path = tmp_path / f"{folder}.zip"
+        raw = read_source(PrepareConfig(source="movielens", path=str(path)))
+        return {role: fingerprints(files) for role, files in raw.files.items()}
+
+    first = known("a")
+    assert len(first) == len(RELEASES[release])
+    assert all(len(files) == 1 for files in first.values())
+    assert known("b") == first
+    for name in RELEASES[release]:
+        other = known(f"c-{name}", name)
+        assert sum(other[role] != first[role] for role in first) == 1
 
 
 @pytest.mark.parametrize("packed", ["folder", "zip", "file"])

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from metatrain.data.batch import Ragged, TaskBatch
 from metatrain.data.manifest import VERSION, Manifest, Shard, Split
+from metatrain.data.prepare_shards import parquet_bytes
 from metatrain.data.schema import ITEM_FEATURE, Feature, Kind, LabelKind, Level, Schema
 
 #: Tables with their vocabularies; id 0 is "unknown". `word` is shared by features of all three levels.
@@ -120,10 +120,12 @@ def write_tiny_dataset(
             catalogue[f"item:{feature.name}"] = _random(rng, feature, items)
     own = np.where(training_events > 0, np.arange(1, items + 1), 0)
     catalogue[f"item:{ITEM_FEATURE}"] = pa.array(own.astype(np.int32))
-    pq.write_table(pa.table(catalogue), os.path.join(url, "catalogue.parquet"))
-    os.makedirs(os.path.join(url, "vocabularies"), exist_ok=True)
-    for table, values in {**TABLES, ITEM_FEATURE: [f"item{i}" for i in range(items)]}.items():
-        pq.write_table(pa.table({"value": values}), os.path.join(url, "vocabularies", f"{table}.parquet"))
+    catalogue_sha256 = _write_file(url, "catalogue.parquet", parquet_bytes(pa.table(catalogue)))
+    vocabularies = {**TABLES, ITEM_FEATURE: [f"item{i}" for i in range(items)]}
+    vocabularies_sha256 = {
+        table: _write_file(url, f"vocabularies/{table}.parquet", parquet_bytes(pa.table({"value": values})))
+        for table, values in vocabularies.items()
+    }
     rating = label is LabelKind.RATING
     manifest = Manifest(
         version=VERSION,
@@ -142,7 +144,8 @@ def write_tiny_dataset(
         tasks=counted,
         events={s: sum(shard.events for shard in written if shard.split is s) for s in Split},
         skipped={},
-        catalogue_sha256=_sha256(os.path.join(url, "catalogue.parquet")),
+        catalogue_sha256=catalogue_sha256,
+        vocabularies_sha256=vocabularies_sha256,
         prepared_with={"source": "tiny", "seed": seed},
     )
     manifest.write(url)
@@ -150,17 +153,16 @@ def write_tiny_dataset(
 
 
 def _write(url: str, path: str, columns: dict[str, pa.Array], split: Split, row_group_tasks: int) -> Shard:
-    file = os.path.join(url, path)
     table = pa.table(columns)
-    pq.write_table(table, file, row_group_size=row_group_tasks, write_page_checksum=True)
-    metadata = pq.read_metadata(file)
+    content = parquet_bytes(table, row_group_tasks)
+    rows = table.num_rows
     return Shard(
         path=path,
         split=split,
-        row_groups=tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)),
+        row_groups=tuple(min(row_group_tasks, rows - start) for start in range(0, rows, row_group_tasks)),
         events=len(table["items"].combine_chunks().flatten()),
-        bytes=os.path.getsize(file),
-        sha256=_sha256(file),
+        bytes=len(content),
+        sha256=_write_file(url, path, content),
     )
 
 
@@ -177,9 +179,13 @@ def _random(rng: np.random.Generator, feature: Feature, rows: int) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)), ids)
 
 
-def _sha256(file: str) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.sha256(opened.read()).hexdigest()
+def _write_file(url: str, path: str, content: bytes) -> str:
+    """Writes a file of the dataset; its checksum."""
+    file = os.path.join(url, path)
+    os.makedirs(os.path.dirname(file), exist_ok=True)
+    with open(file, "wb") as opened:
+        opened.write(content)
+    return hashlib.sha256(content).hexdigest()
 
 
 def plain(value: Any) -> Any:

@@ -91,7 +91,7 @@ def read_events(config: PrepareConfig) -> RawLog:
         items=item_chunks,
         features=config.features,
         facts={"files": len(files)},
-        fingerprint=[f.fingerprint() for f in [*files, *users, *items]],
+        files={"events": files, "users": users, "items": items},
     )
 
 

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import glob
 import gzip
+import hashlib
 import io
 import os
 import posixpath
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import IO, Any, cast
+from typing import IO, cast
 
 from metatrain import storage
 from metatrain.errors import SourceError
+
+#: Of the files of one table so many bytes are hashed to know them by: a second or two. A large log isn't read twice.
+_HASHED_BYTES = 1 << 30
+_BLOCK_BYTES = 1 << 22
+#: What stores call that which changes with a file.
+_MARKS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "created")
 
 
 @dataclass(frozen=True)
@@ -53,13 +61,6 @@ class RawFile:
         with storage.open_file(self.url) as file, zipfile.ZipFile(file) as archive:
             return archive.getinfo(self.member).file_size
 
-    def fingerprint(self) -> list[Any]:
-        """What would change if the file did: URL, size, time of change where the store knows one."""
-        fs, path = storage.filesystem(self.url)
-        info = fs.info(path)
-        changed = next((str(info[k]) for k in ("mtime", "LastModified", "last_modified", "etag") if k in info), "")
-        return [self.url, int(info.get("size") or 0), changed]
-
 
 def find_files(path: str) -> list[RawFile]:
     """The files that a path names: itself, a folder's, a pattern's, or a zip archive's members; by name.
@@ -95,6 +96,43 @@ def _members(url: str) -> list[RawFile]:
         except zipfile.BadZipFile as error:
             raise SourceError(f"The archive is broken: {error}.", where=url, remedy="Download it again.") from error
     return [RawFile(url, n) for n in sorted(names) if not n.endswith("/") and not n.startswith("__MACOSX")]
+
+
+def fingerprints(files: Sequence[RawFile]) -> list[str]:
+    """What the files of one table hold, wherever they are and whenever they were copied there: a text each.
+
+    A file on a disk is known by its size and sha256, a member of a zip archive by its size and the archive's CRC-32 of
+    it. By size and the store's mark (its etag, or the time of change) are known: a file in a remote store, and a file
+    that would bring the bytes to hash above 1 GiB. So a large log that is copied counts as another one.
+    """
+    archives: dict[str, dict[str, zipfile.ZipInfo]] = {}
+    result, left = [], _HASHED_BYTES
+    for file in files:
+        if file.member is not None:
+            if file.url not in archives:
+                with storage.open_file(file.url) as opened, zipfile.ZipFile(opened) as archive:
+                    archives[file.url] = {member.filename: member for member in archive.infolist()}
+            member = archives[file.url][file.member]
+            result.append(f"{member.file_size} bytes, crc32 {member.CRC:08x}")
+            continue
+        fs, path = storage.filesystem(file.url)
+        info = fs.info(path)
+        size = int(info.get("size") or 0)
+        if storage.is_local(file.url) and size <= left:
+            left -= size
+            content = f"sha256 {_sha256(file)}"
+        else:
+            content = next((f"{name} {info[name]}" for name in _MARKS if name in info), "")
+        result.append(f"{size} bytes, {content}")
+    return result
+
+
+def _sha256(file: RawFile) -> str:
+    digest = hashlib.sha256()
+    with file.open() as opened:
+        while block := opened.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def named(files: list[RawFile], *names: str) -> RawFile | None:

@@ -73,6 +73,7 @@ class _Release:
     ratings: tuple[RawFile, Layout, tuple[str, str, str, str]]
     items: Rows  # key, title, genres (list), year
     users: Rows | None  # key, gender, age, occupation
+    files: dict[str, list[RawFile]]  # of the tables of items and users
 
 
 def read_movielens(config: PrepareConfig) -> RawLog:
@@ -105,10 +106,10 @@ def read_movielens(config: PrepareConfig) -> RawLog:
         FeatureSource(name="year", level="item", kind="categorical", width=width),
     ]
     items = release.items.table
-    used = [file]
+    used = {"events": [file]} | release.files
     if config.extras:
         items, extras = _with_extras(items, config.extras)
-        used.append(extras)
+        used["extras"] = [extras]
         features += [
             FeatureSource(name="certificate", level="item", kind="categorical", width=width),
             FeatureSource(name="directors", level="item", kind="multi", width=width, min_count=_LEAST_PEOPLE),
@@ -131,7 +132,7 @@ def read_movielens(config: PrepareConfig) -> RawLog:
         features=chosen_features(features, config),
         facts={"ratings": file.place},
         notes=notes,
-        fingerprint=[f.fingerprint() for f in used],
+        files=used,
         bad_rows=bad,
     )
 
@@ -184,9 +185,8 @@ def _release_100k(ratings: RawFile, files: list[RawFile], config: PrepareConfig)
     layout = Layout(_checks(names, config), names, "\t", quoted=False)
     columns = ("key", "title", "date", "video_date", "url", *GENRES_100K)
     checks = {"key": Check.KEY, "title": Check.TEXT, "date": Check.TEXT} | dict.fromkeys(GENRES_100K, Check.TEXT)
-    raw = read_whole(
-        _needed(files, "u.item", ratings), Layout(checks, columns, "|", False, "latin-1"), config.skip_bad_rows
-    )
+    films, people = _needed(files, "u.item", ratings), _needed(files, "u.user", ratings)
+    raw = read_whole(films, Layout(checks, columns, "|", False, "latin-1"), config.skip_bad_rows)
     flags = np.stack([pc.equal(raw.table[g], "1").to_numpy() for g in GENRES_100K], axis=1)
     offsets = np.concatenate([[0], flags.sum(axis=1).cumsum()]).astype(np.int32)
     words = pa.array(GENRES_100K).take(pa.array(np.nonzero(flags)[1]))
@@ -201,10 +201,9 @@ def _release_100k(ratings: RawFile, files: list[RawFile], config: PrepareConfig)
     )
     columns = ("key", "age", "gender", "occupation", "zip")
     checks = {"key": Check.KEY, "age": Check.NUMBER, "gender": Check.TEXT, "occupation": Check.TEXT}
-    users = read_whole(
-        _needed(files, "u.user", ratings), Layout(checks, columns, "|", False, "latin-1"), config.skip_bad_rows
-    )
-    return _Release((ratings, layout, names), Rows(items, raw.bad), _with_age_ranges(users))
+    users = read_whole(people, Layout(checks, columns, "|", False, "latin-1"), config.skip_bad_rows)
+    tables = {"items": [films], "users": [people]}
+    return _Release((ratings, layout, names), Rows(items, raw.bad), _with_age_ranges(users), tables)
 
 
 def _release_recbole(ratings: RawFile, files: list[RawFile], config: PrepareConfig) -> _Release:
@@ -216,7 +215,8 @@ def _release_recbole(ratings: RawFile, files: list[RawFile], config: PrepareConf
         "release_year:token": "year",
         "class:token_seq": "genres",
     }
-    raw = _renamed(_needed(files, "ml-100k.item", ratings), columns, {"key": Check.KEY}, config)
+    films, people = _needed(files, "ml-100k.item", ratings), _needed(files, "ml-100k.user", ratings)
+    raw = _renamed(films, columns, {"key": Check.KEY}, config)
     t = raw.table
     year = _text(t["year"])
     # The wheel's copy lost the year that the official titles end in, and writes genres with blanks between.
@@ -232,8 +232,9 @@ def _release_recbole(ratings: RawFile, files: list[RawFile], config: PrepareConf
         }
     )
     columns = {"user_id:token": "key", "age:token": "age", "gender:token": "gender", "occupation:token": "occupation"}
-    users = _renamed(_needed(files, "ml-100k.user", ratings), columns, {"key": Check.KEY, "age": Check.NUMBER}, config)
-    return _Release((ratings, layout, names), Rows(items, raw.bad), _with_age_ranges(users))
+    users = _renamed(people, columns, {"key": Check.KEY, "age": Check.NUMBER}, config)
+    tables = {"items": [films], "users": [people]}
+    return _Release((ratings, layout, names), Rows(items, raw.bad), _with_age_ranges(users), tables)
 
 
 def _release_dat(ratings: RawFile, files: list[RawFile], config: PrepareConfig) -> _Release:
@@ -244,8 +245,9 @@ def _release_dat(ratings: RawFile, files: list[RawFile], config: PrepareConfig) 
     raw = read_whole(
         movies, Layout(checks, ("key", "title", "genres"), "::", False, _encoding(movies)), config.skip_bad_rows
     )
-    users = None
+    users, tables = None, {"items": [movies]}
     if (file := named(files, "users.dat") or _beside(ratings, "users.dat")) is not None:
+        tables["users"] = [file]
         checks = {"key": Check.KEY, "gender": Check.TEXT, "age": Check.NUMBER, "occupation": Check.TEXT}
         columns = ("key", "gender", "age", "occupation", "zip")
         users = _with_age_ranges(
@@ -254,14 +256,16 @@ def _release_dat(ratings: RawFile, files: list[RawFile], config: PrepareConfig) 
         code = pc.index_in(_text(users.table["occupation"]), pa.array([str(i) for i in range(len(_OCCUPATIONS_1M))]))
         word = pc.coalesce(pa.array(_OCCUPATIONS_1M).take(code), _text(users.table["occupation"]))
         users = Rows(users.table.set_column(3, "occupation", word), users.bad)
-    return _Release((ratings, layout, names), Rows(_titled(raw.table), raw.bad), users)
+    return _Release((ratings, layout, names), Rows(_titled(raw.table), raw.bad), users, tables)
 
 
 def _release_csv(ratings: RawFile, files: list[RawFile], config: PrepareConfig) -> _Release:
     names = ("userId", "movieId", "rating", "timestamp")
     columns = {"movieId": "key", "title": "title", "genres": "genres"}
-    raw = _renamed(_needed(files, "movies.csv", ratings), columns, {"key": Check.KEY}, config, ",", True)
-    return _Release((ratings, Layout(_checks(names, config)), names), Rows(_titled(raw.table), raw.bad), None)
+    movies = _needed(files, "movies.csv", ratings)
+    raw = _renamed(movies, columns, {"key": Check.KEY}, config, ",", True)
+    table = (ratings, Layout(_checks(names, config)), names)
+    return _Release(table, Rows(_titled(raw.table), raw.bad), None, {"items": [movies]})
 
 
 def _renamed(

@@ -130,7 +130,7 @@ def read_netflix(config: PrepareConfig) -> RawLog:
         features=chosen_features(features if titles else (), config),
         facts={"ratings_files": len(ratings)},
         notes=[] if titles else ["no movie_titles.csv: items have neither title nor year"],
-        fingerprint=[f.fingerprint() for f in [*ratings, *([titles] if titles else [])]],
+        files={"events": ratings, "items": [titles] if titles else []},
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import pyarrow as pa
 
 from metatrain.config import FeatureSource
+from metatrain.data.sources.files import RawFile
 
 
 class Rows(NamedTuple):
@@ -56,8 +57,9 @@ class RawLog:
     features: tuple[FeatureSource, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    #: What the source's files looked like (path, size, time of change): equal means that preparing again is idle.
-    fingerprint: list[list[Any]] = field(default_factory=list)
+    #: Every file that is read, by what it is for ("events", "users", …): while they hold the same, preparing again is
+    #: idle.
+    files: dict[str, list[RawFile]] = field(default_factory=dict)
     #: Rows of small tables that were skipped when the source was opened.
     bad_rows: int = 0
 
