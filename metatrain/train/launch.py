@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
-import os
 import threading
-import uuid
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -20,7 +17,6 @@ import ray.train
 import ray.train.torch
 from ray.train.v2.api.config import LoggingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from metatrain import storage
 from metatrain.checkpoint import committed_steps, read_marker
@@ -28,12 +24,13 @@ from metatrain.checkpoint.identity import check_identity, identity
 from metatrain.config import Config, to_yaml, validated
 from metatrain.data.dataset import TaskDataset
 from metatrain.data.manifest import Split
-from metatrain.data.stream import READER_CPUS
 from metatrain.errors import ConfigError, MetatrainError, TrainingError
 from metatrain.model.metamodel import build_model
 from metatrain.observe.progress import TrainingProgress
+from metatrain.train.early_stopping import Patience
+from metatrain.train.session import ray_session
 from metatrain.train.step import open_reader
-from metatrain.train.worker import Seat, train
+from metatrain.train.worker import Seat, is_over, last_step, train
 
 log = logging.getLogger("metatrain")
 
@@ -53,6 +50,9 @@ def launch(config: Config, address: str | None = None) -> None:
     """
     config = located(config)
     check(config)
+    if finished(config):
+        log.info("this run is trained to its end: %s", config.run_url)
+        return
     storage.write_atomic(storage.join(config.run_url, "config.yaml"), to_yaml(config))
     with ray_session(config, address):
         _fit(config)
@@ -95,77 +95,14 @@ def check(config: Config) -> None:
         check_identity(marker.identity, identity(config, dataset.fingerprint), config.run_url)
 
 
-@contextlib.contextmanager
-def ray_session(config: Config, address: str | None) -> Iterator[None]:
-    """A Ray to train on: the one already there, the cluster at `address`, or a local one that ends with the block."""
-    if ray.is_initialized():
-        yield
-        return
-    # Ray would print a line of its own for every worker; what users need comes through `tell`.
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    cpus = math.ceil(config.train.workers * (1 + config.data.readers_per_worker * READER_CPUS))
-    try:
-        if address:
-            ray.init(address=address, **quiet)
-        else:
-            # "local": without it, Ray would join whatever cluster the environment names.
-            ray.init(address="local", num_cpus=max(os.cpu_count() or 1, cpus + 1), include_dashboard=False, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"Ray cannot be reached or started: {error}",
-            where="--address",
-            got=address or "a local Ray",
-            remedy="Check the address and that the cluster is up; `metatrain doctor` examines this machine.",
-        ) from error
-    try:
-        _check_resources(config, cpus, bool(address))
-        _check_shared_storage(config.run_url)
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _check_resources(config: Config, cpus: int, cluster: bool) -> None:
-    """A local Ray never gets what it lacks; a cluster may grow, so there a wait is only announced."""
-    wanted = {"CPU": cpus, **({"GPU": config.train.workers} if config.train.gpus else {})}
-    there = ray.cluster_resources()
-    for name, count in wanted.items():
-        if there.get(name, 0) >= count:
-            continue
-        if not cluster:
-            raise ConfigError(
-                f"This machine has fewer {name}s than the run wants.",
-                where="train.workers" if name == "CPU" else "train.gpus",
-                got=f"{count} wanted, {there.get(name, 0):g} there",
-                remedy="Lower `train.workers`, set `train.gpus: false`, or give a cluster by `--address`.",
-            )
-        log.info("waiting for the cluster: the run wants %d %ss, %g are there", count, name, there.get(name, 0))
-
-
-def _check_shared_storage(run_url: str) -> None:
-    """Refuses a folder that is not the same on every node: its checkpoints would exist nowhere whole.
-
-    Raises:
-        ConfigError: Names a node that does not see the folder.
-    """
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    if len(nodes) < 2 or not storage.is_local(run_url):
-        return
-    probe = storage.join(run_url, f".probe-{uuid.uuid4().hex}")
-    storage.write_atomic(probe, "")
-    try:
-        for node in nodes:
-            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            sees = ray.remote(num_cpus=0)(os.path.exists).options(scheduling_strategy=there)
-            if not ray.get(sees.remote(probe)):
-                raise ConfigError(
-                    "The run's folder is not shared by all nodes of the cluster.",
-                    where="run.storage",
-                    got=f"{run_url}, which node {node['NodeManagerAddress']} does not see",
-                    remedy="Name a folder that all nodes mount, or an object store (s3://…).",
-                )
-    finally:
-        storage.remove(probe)
+def finished(config: Config) -> bool:
+    """Whether the run's last checkpoint is its end: then no worker need start."""
+    if not (steps := committed_steps(config.run_url)):
+        return False
+    marker = read_marker(config.run_url, steps[-1])
+    with contextlib.closing(open_reader(TaskDataset.open(config.data.dataset), config, Split.TRAIN)) as reader:
+        last = last_step(config, [reader.steps(epoch) for epoch in range(config.train.epochs)])
+    return is_over(config, marker.cursor, last, Patience(config.train.early_stopping, marker.loop))
 
 
 @ray.remote(num_cpus=0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,17 @@ class Seat:
     tell: Callable[[dict[str, Any]], None]
 
 
+def last_step(config: Config, steps_of: Sequence[int]) -> int:
+    """Steps of a whole run, whose epochs have `steps_of` steps."""
+    whole = sum(steps_of)
+    return min(whole, config.train.max_steps or whole)
+
+
+def is_over(config: Config, cursor: Cursor, last: int, patience: Patience) -> bool:
+    """Whether a run that stands at `cursor` is at its end."""
+    return cursor.epoch >= config.train.epochs or cursor.total >= last or patience.exhausted
+
+
 class Training:
     """One worker's part of a run, from the run's last checkpoint where there is one, to its end.
 
@@ -68,7 +79,7 @@ class Training:
             epochs=config.train.epochs,
         )
         self.steps_of = [self.stream.steps(epoch) for epoch in range(config.train.epochs)]
-        self.last = min(sum(self.steps_of), config.train.max_steps or sum(self.steps_of))
+        self.last = last_step(config, self.steps_of)
         self.totals = Totals(seat.device)
         self.board = Board(config.run_url, self.cursor.total) if seat.rank == 0 else None
         if self.board is not None:
@@ -115,8 +126,7 @@ class Training:
             self.board.close()
 
     def _over(self) -> bool:
-        done = self.cursor.epoch >= self.config.train.epochs or self.cursor.total >= self.last
-        return done or self.patience.exhausted
+        return is_over(self.config, self.cursor, self.last, self.patience)
 
     def _state(self) -> dict[str, Any]:
         """The run's tensors by name: the very ones, so that loading into them in place restores the run."""

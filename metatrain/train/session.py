@@ -1,0 +1,94 @@
+"""The Ray that a run trains on, checked before a worker starts: it is there, large enough, and shares the folder."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from metatrain import storage
+from metatrain.config import Config
+from metatrain.data.stream import READER_CPUS
+from metatrain.errors import ConfigError
+
+log = logging.getLogger("metatrain")
+
+
+@contextlib.contextmanager
+def ray_session(config: Config, address: str | None) -> Iterator[None]:
+    """A Ray to train on: the one already there, the cluster at `address`, or a local one that ends with the block."""
+    if ray.is_initialized():
+        yield
+        return
+    # Ray would print a line of its own for every worker; what users need comes through `tell`.
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    cpus = math.ceil(config.train.workers * (1 + config.data.readers_per_worker * READER_CPUS))
+    try:
+        if address:
+            ray.init(address=address, **quiet)
+        else:
+            # "local": without it, Ray would join whatever cluster the environment names.
+            ray.init(address="local", num_cpus=max(os.cpu_count() or 1, cpus + 1), include_dashboard=False, **quiet)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"Ray cannot be reached or started: {error}",
+            where="--address",
+            got=address or "a local Ray",
+            remedy="Check the address and that the cluster is up; `metatrain doctor` examines this machine.",
+        ) from error
+    try:
+        _check_resources(config, cpus, bool(address))
+        _check_shared_storage(config.run_url)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _check_resources(config: Config, cpus: int, cluster: bool) -> None:
+    """A local Ray never gets what it lacks; a cluster may grow, so there a wait is only announced."""
+    wanted = {"CPU": cpus, **({"GPU": config.train.workers} if config.train.gpus else {})}
+    there = ray.cluster_resources()
+    for name, count in wanted.items():
+        if there.get(name, 0) >= count:
+            continue
+        if not cluster:
+            raise ConfigError(
+                f"This machine has fewer {name}s than the run wants.",
+                where="train.workers" if name == "CPU" else "train.gpus",
+                got=f"{count} wanted, {there.get(name, 0):g} there",
+                remedy="Lower `train.workers`, set `train.gpus: false`, or give a cluster by `--address`.",
+            )
+        log.info("waiting for the cluster: the run wants %d %ss, %g are there", count, name, there.get(name, 0))
+
+
+def _check_shared_storage(run_url: str) -> None:
+    """Refuses a folder that is not the same on every node: its checkpoints would exist nowhere whole.
+
+    Raises:
+        ConfigError: Names a node that does not see the folder.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) < 2 or not storage.is_local(run_url):
+        return
+    probe = storage.join(run_url, f".probe-{uuid.uuid4().hex}")
+    storage.write_atomic(probe, "")
+    try:
+        for node in nodes:
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            sees = ray.remote(num_cpus=0)(os.path.exists).options(scheduling_strategy=there)
+            if not ray.get(sees.remote(probe)):
+                raise ConfigError(
+                    "The run's folder is not shared by all nodes of the cluster.",
+                    where="run.storage",
+                    got=f"{run_url}, which node {node['NodeManagerAddress']} does not see",
+                    remedy="Name a folder that all nodes mount, or an object store (s3://…).",
+                )
+    finally:
+        storage.remove(probe)
