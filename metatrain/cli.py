@@ -41,6 +41,8 @@ class PrepareArguments:
     prepare: Annotated[PrepareConfig, Flat]
     overwrite: bool = False
     """Replace a dataset that is there already, prepared in another way."""
+    address: str | None = None
+    """A Ray cluster: `auto`, `host:port` or `ray://host:port`. Default: a local Ray, for this command alone."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ def _prepare(given: list[str]) -> None:
     options = _parse(PrepareArguments, default, rest, "prepare SOURCE|RECIPE.yaml")
     from metatrain.data.prepare import prepare, summary
 
-    print(summary(prepare(options.prepare, options.out, overwrite=options.overwrite)))
+    print(summary(prepare(options.prepare, options.out, overwrite=options.overwrite, address=options.address)))
 
 
 def _train(given: list[str]) -> None:
