@@ -7,6 +7,7 @@ carry the mark `ray`.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +34,9 @@ def ray_session() -> Iterator[None]:
     """One small local Ray for every test that asks for it: starting one takes longer than most tests."""
     import ray
 
+    from metatrain.train.session import LOCAL_SETTINGS
+
+    os.environ.update(LOCAL_SETTINGS)
     if ray.is_initialized():
         yield
         return

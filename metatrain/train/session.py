@@ -20,6 +20,9 @@ from metatrain.errors import ConfigError
 
 log = logging.getLogger("metatrain")
 
+#: Settings of Ray Train for a machine that nobody takes away: no watcher for that, and a sooner look at the workers.
+LOCAL_SETTINGS = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
+
 
 @contextlib.contextmanager
 def ray_session(config: Config, address: str | None) -> Iterator[None]:
@@ -34,6 +37,8 @@ def ray_session(config: Config, address: str | None) -> Iterator[None]:
         if address:
             ray.init(address=address, **quiet)
         else:
+            for name, value in LOCAL_SETTINGS.items():
+                os.environ.setdefault(name, value)
             # "local": without it, Ray would join whatever cluster the environment names.
             ray.init(address="local", num_cpus=max(os.cpu_count() or 1, cpus + 1), include_dashboard=False, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:

@@ -73,7 +73,8 @@ def test_readers_that_keep_dying_end_the_run(url: str, monkeypatch):
 
     monkeypatch.setattr(streaming, "TaskReader", Doomed)
     monkeypatch.setattr(streaming, "DEATHS_IN_A_ROW", 2)
-    one = DATA.model_copy(update={"readers_per_worker": 1})
+    # Without a step ahead: the reader is not asked for the deadly step before the first one has arrived.
+    one = DATA.model_copy(update={"readers_per_worker": 1, "prefetch": 1})
     with contextlib.closing(TaskStream(url, one, seed=3, num_cpus=0.1)) as stream:
         batches = stream.batches(0)
         next(batches)

@@ -122,7 +122,7 @@ def test_the_choice_is_logged_once_with_its_reason(caplog: pytest.LogCaptureFixt
 
 def test_adapting_without_training_is_logged_for_debugging_alone(caplog: pytest.LogCaptureFixture) -> None:
     engine, parameters, names, steps, episodes = engine_and_batch()
-    with caplog.at_level(logging.DEBUG):
+    with caplog.at_level(logging.DEBUG, logger="metatrain.meta"):  # the command line sets a level on "metatrain"
         engine.adapt(parameters, names, steps, episodes.support, {})
         engine.query_loss(parameters, names, steps, episodes, "squared")
     assert [record.levelname for record in caplog.records] == ["DEBUG", "INFO"]
