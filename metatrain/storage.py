@@ -108,9 +108,14 @@ def is_local(url: str) -> bool:
 
 
 def make_folder(url: str) -> None:
-    """Makes a folder and its parents where the store has folders."""
+    """Makes a folder and its parents where the store has folders; an `OSError` becomes a `StorageError`."""
     fs, path = filesystem(url)
-    retried(lambda: fs.makedirs(path, exist_ok=True))
+    try:
+        retried(lambda: fs.makedirs(path, exist_ok=True))
+    except OSError as error:
+        raise StorageError(
+            f"The folder cannot be made: {error}", where=url, remedy="Check the path and its rights."
+        ) from error
 
 
 def open_file(url: str, mode: str = "rb", **options: Any) -> IO[Any]:

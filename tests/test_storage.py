@@ -65,6 +65,12 @@ def test_a_missing_file_and_an_unknown_store_say_what_to_do(tmp_path):
         storage.exists("nosuchstore://bucket/x")
 
 
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StorageError, match="cannot be made"):
+        storage.make_folder(str(tmp_path / "file" / "folder"))
+
+
 def test_a_relative_path_becomes_absolute_and_a_url_stays():
     assert storage.absolute("runs") == os.path.join(os.getcwd(), "runs")
     assert storage.absolute("s3://bucket/runs") == "s3://bucket/runs"

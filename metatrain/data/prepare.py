@@ -85,6 +85,7 @@ def prepare(
     if (ready := ready_dataset(url, origin, overwrite)) is not None:
         log.info("The dataset at %s is of this configuration and these files already: nothing to do.", url)
         return ready
+    storage.make_folder(url)  # what cannot be written fails before Ray starts
     with quiet_ray(progress, address), output_folder(url) as folder:
         return _prepare(config, folder, raw, origin)
 
