@@ -292,7 +292,7 @@ def test_without_address_and_wheel_the_remedy_is_a_path(cache: Path, monkeypatch
 
 
 def test_the_real_1m_archive_is_read_whole():
-    path = Path("/work/shared/data/ml-1m.zip")
+    path = Path(__file__).parents[2].parent / "shared" / "data" / "ml-1m.zip"
     if not path.exists():
         pytest.skip("MovieLens-1M may not be redistributed; its archive isn't on this machine")
     raw = read_source(PrepareConfig(source="movielens-1m", path=str(path)))
