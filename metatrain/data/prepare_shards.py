@@ -7,7 +7,6 @@ any can be encoded, and what waits on disk takes no memory.
 from __future__ import annotations
 
 import hashlib
-import pickle
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -100,10 +99,6 @@ class Counts:
         self.left_out += other.left_out
         for split, n in other.tasks.items():
             self.tasks[split] += n
-
-    def packed(self) -> bytes:
-        """As bytes, to travel in a column."""
-        return pickle.dumps(self)
 
 
 @dataclass(frozen=True)
