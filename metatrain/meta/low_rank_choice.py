@@ -88,7 +88,8 @@ class ChoosingEngine:
         widths = engine.widths
         lowest = engine.lowest(adapted)
         inputs = support.x.shape[2]
-        wide = ([inputs, *widths])[lowest]
+        reads = (inputs, *widths)
+        wide = reads[lowest]
         skip = inputs if engine.form.skip else 0
         if lowest == len(widths):
             wide, skip = wide + skip, 0
@@ -103,6 +104,7 @@ class ChoosingEngine:
             self._order,
             support.x.requires_grad,
             support.x.element_size(),
+            reads[: lowest + 1] if lowest else (),
         )
 
     def _takes_low_rank(self, choice: Choice, level: int) -> bool:

@@ -26,6 +26,7 @@ class Shapes:
         steps, order: Inner steps; 1 or 2.
         differentiable_inputs: Whether the inputs' gradient is wanted.
         itemsize: Bytes of a number.
+        below: Widths from the learner's inputs up through the layers that do not adapt; empty where the first does.
     """
 
     tasks: int
@@ -38,6 +39,7 @@ class Shapes:
     order: int
     differentiable_inputs: bool
     itemsize: int = 4
+    below: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,12 @@ def low_rank_cost(s: Shapes) -> Cost:
         if not s.hidden:
             batched += 2 * wide * s.support * (events if s.steps > 1 else s.query)
         batched += 4 * s.support * s.support * s.steps
+    # Layers that do not adapt are taken once, by autograd.
+    for below, width in pairwise(s.below):
+        shared += 2 * below * width * events * 3
+    fixed = events * sum(s.below) * s.itemsize * 3
     calls = 60 + s.steps * (25 + 30 * len(s.hidden)) * (1 if s.order == 2 else 0.6)
-    return Cost(shared, batched, passes * s.itemsize * 2.5, events * s.inputs * s.itemsize, calls)
+    return Cost(shared, batched, passes * s.itemsize * 2.5, events * s.inputs * s.itemsize + fixed, calls)
 
 
 def vmap_cost(s: Shapes) -> Cost:
@@ -105,9 +111,17 @@ def vmap_cost(s: Shapes) -> Cost:
     batched = s.steps * step * (3 if s.order == 2 else 1) + 2 * weights * s.query * 3
     # Weights, their gradients and their adjoints a task a step, each a fresh tensor.
     fresh = s.steps * weights * s.itemsize * (7 if s.order == 2 else 3) + 3 * weights * s.itemsize
+    # The inputs are read by a vector a task or of a gradient, and written as adjoints: one fresh tensor each a step.
+    wide = s.inputs + s.skip
+    fresh += s.support * s.steps * wide * s.itemsize * (4 if s.order == 2 and s.differentiable_inputs else 1)
     passes = sum(s.hidden) * (s.support * s.steps * (30 if s.order == 2 else 12) + 10 * s.query)
+    # Layers that do not adapt are taken anew in every step, for all tasks in one product.
+    shared, events = 0.0, s.support * s.steps + s.query
+    for below, width in pairwise(s.below):
+        shared += 2 * below * width * (3 * events if s.order == 2 else events + 2 * s.query)
+        passes += 10 * width * events
     calls = 100 + s.steps * len(layers) * (60 if s.order == 2 else 25)
-    return Cost(0.0, batched, passes * s.itemsize * 2.5, fresh, calls)
+    return Cost(shared, batched, passes * s.itemsize * 2.5, fresh, calls)
 
 
 @dataclass(frozen=True)

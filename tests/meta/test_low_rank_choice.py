@@ -78,6 +78,16 @@ def test_narrow_inputs_and_many_events_go_by_vmap() -> None:
     assert "2000 support" in choice.reason
 
 
+def test_layers_that_do_not_adapt_count() -> None:
+    # A head over 64 inputs and 32 hidden units: by vmap the layer below is taken anew in each of the steps.
+    head = {"support": 64, "query": 32, "inputs": 96, "hidden": (), "differentiable_inputs": True, "below": (64, 32)}
+    assert vmap_cost(shapes(**head)).seconds(64) > 2 * low_rank_cost(shapes(**head)).seconds(64)
+    engine, *_, episodes = engine_and_batch()
+    found = engine._shapes(engine._low_rank, ("head.weight",), 3, episodes.support, episodes.query)
+    assert (found.inputs, found.hidden, found.skip, found.below) == (4 + 6, (), 0, (6, 5, 4))
+    assert engine._shapes(engine._low_rank, ("layers.0.bias",), 3, episodes.support, episodes.query).below == ()
+
+
 def test_low_rank_gains_with_the_width() -> None:
     gains = [
         vmap_cost(s).seconds(64) / low_rank_cost(s).seconds(64) for s in (shapes(inputs=i) for i in (64, 256, 1024))
