@@ -40,6 +40,7 @@ from metatrain.meta.episode import Episodes, Examples
 from metatrain.meta.losses import event_loss, mean_over_events
 from metatrain.meta.low_rank import LowRankEngine
 from metatrain.meta.low_rank_cost import Cost, Shapes, low_rank_cost
+from metatrain.meta.low_rank_products import multiply
 from metatrain.model.learners.mlp import MLP
 
 RATE, QUERY, HIDDEN = 0.01, 10, (64, 64)
@@ -154,7 +155,7 @@ def _ceilings(width: int, support: int) -> dict[str, tuple[Callable[[], object],
     )
     a, b, c = torch.randn(tasks, support, h), torch.randn(tasks, h, h), torch.empty(tasks, support, h)
     return {
-        "shared": (lambda: torch.mm(x, w, out=out), 2.0 * x.numel() * h),
+        "shared": (lambda: multiply(x, w, out=out), 2.0 * x.numel() * h),
         "batched": (lambda: torch.bmm(a, b, out=c), 2.0 * a.numel() * h),
     }
 

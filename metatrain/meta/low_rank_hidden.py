@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from metatrain.meta.low_rank_layers import Gradients, Linear, flat, linear
+from metatrain.meta.low_rank_products import accumulate, multiply
 from metatrain.meta.low_rank_program import Program, Rate, Workspace, add_product_sum
 
 
@@ -46,7 +47,7 @@ class HiddenLayer:
 
     def _back(self, delta: Tensor, w: Tensor | None, out: Tensor) -> Tensor:
         if w is None:
-            self._p(torch.mm, flat(delta), self._weight, out=flat(out))
+            self._p(multiply, flat(delta), self._weight, out=flat(out))
         else:
             self._p(torch.bmm, delta, w, out=out)
         return out
@@ -99,7 +100,7 @@ class HiddenLayer:
         z, w, name = self._z_q, self._w[-1], self._layer.weight_name
         d_z = self._back(d_h, w, self._buffer("d_z_q", z, self._in))
         if w is None:
-            p(found.of[name].addmm_, flat(d_h).t(), flat(z))
+            p(accumulate, found.of[name], flat(d_h).t(), flat(z))
         else:
             self._d_w = self._ws(f"{self._id}.d_w", len(z), self._out, self._in)
             p(torch.bmm, d_h.mT, z, out=self._d_w)
@@ -136,7 +137,7 @@ class HiddenLayer:
         else:
             d_delta, beta = self._along_d_w(k, found), -Rate(k, layer.weight_name)
         if w is None:
-            p(flat(d_delta).addmm_, flat(d_g), self._weight.t(), beta=beta)
+            p(accumulate, flat(d_delta), flat(d_g), self._weight.t(), beta=beta)
         else:
             p(d_delta.baddbmm_, d_g, w.mT, beta=beta)
         self._bias_rate(k, found)
@@ -176,7 +177,7 @@ class HiddenLayer:
         if self._is_factor(k):
             d_z = self._d_past
             if w is None:
-                p(flat(d_z).addmm_, flat(d_h), self._weight)
+                p(accumulate, flat(d_z), flat(d_h), self._weight)
             else:
                 p(d_z.baddbmm_, d_h, w)
         else:
@@ -185,8 +186,8 @@ class HiddenLayer:
                 p(d_z.baddbmm_, delta, self._d_w, alpha=-Rate(k, layer.weight_name))
         if w is None:
             into = found.of[layer.weight_name]
-            p(into.addmm_, flat(d_h).t(), flat(z))
-            p(into.addmm_, flat(delta).t(), flat(self._d_g))
+            p(accumulate, into, flat(d_h).t(), flat(z))
+            p(accumulate, into, flat(delta).t(), flat(self._d_g))
         else:
             assert self._d_w is not None
             p(self._d_w.baddbmm_, d_h.mT, z)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from metatrain.meta.low_rank_products import accumulate, multiply, multiply_add
 from metatrain.meta.low_rank_program import Program, Rate, Workspace, add_product_sum
 
 
@@ -120,11 +121,12 @@ class FirstLayer:
 
     def forward(self, k: int) -> Tensor:
         """h [T, S, O] before step k."""
+        if self._kernel_s is None:
+            return self._base_s  # no later step reads it
         h = self._ws(f"first.h{k}", self._tasks, self._events, self._out)
         if k == 0:
             self._p(h.copy_, self._base_s)
         else:
-            assert self._kernel_s is not None
             self._p(torch.baddbmm, self._base_s, self._kernel_s, self._a[k - 1], alpha=-1, out=h)
         return h
 
@@ -132,18 +134,22 @@ class FirstLayer:
         """Take step k."""
         p, layer, rows = self._p, self._layer, self._rows
         a = self._ws(f"first.a{k if self._keep else 0}", self._tasks, rows + layer.adapts_bias, self._out)
-        before = self._a[k - 1] if k else a
-        if k == 0:
-            p(a.zero_)
+        before = self._a[k - 1] if k else None
         if rows:
-            p(torch.add, before[:, :rows], delta, alpha=Rate(k, layer.weight_name), out=a[:, :rows])
+            self._move(before, slice(None, rows), delta, Rate(k, layer.weight_name), a)
         if layer.adapts_bias and layer.bias_name is not None:
             total = self._ws(f"first.sum{k}", self._tasks, 1, self._out)
             p(torch.sum, delta, 1, keepdim=True, out=total)
-            p(torch.add, before[:, rows:], total, alpha=Rate(k, layer.bias_name), out=a[:, rows:])
+            self._move(before, slice(rows, None), total, Rate(k, layer.bias_name), a)
             self._delta_sum.append(total)
         self._a.append(a)
         self._delta.append(delta)
+
+    def _move(self, before: Tensor | None, rows: slice, by: Tensor, rate: Rate, a: Tensor) -> None:
+        if before is None:
+            self._p(torch.mul, by, other=rate, out=a[:, rows])
+        else:
+            self._p(torch.add, before[:, rows], by, alpha=rate, out=a[:, rows])
 
     def query(self) -> Tensor:
         """h [T, Q, O] after the last step."""
@@ -170,9 +176,10 @@ class FirstLayer:
         p, layer, rows = self._p, self._layer, self._rows
         self.reverse_rates(k, found)
         d_delta, d_rows, d_last = self._scratch, self._d_a[:, :rows], self._d_a[:, rows:]
-        p(d_delta.zero_)
         if rows:
-            p(d_delta.add_, d_rows, alpha=Rate(k, layer.weight_name))
+            p(torch.mul, d_rows, other=Rate(k, layer.weight_name), out=d_delta)
+        else:
+            p(d_delta.zero_)
         if layer.adapts_bias and layer.bias_name is not None:
             p(d_delta.add_, d_last, alpha=Rate(k, layer.bias_name))
         return d_delta
@@ -214,13 +221,13 @@ class FirstLayer:
             self._p(d_x_s.zero_)
         for number, (d_h, x, d_x) in enumerate(pairs):
             rows = flat(d_h)
-            self._p(found.of[layer.weight_name].addmm_, rows.t(), flat(x))
+            self._p(accumulate, found.of[layer.weight_name], rows.t(), flat(x))
             if layer.bias_name is not None:
                 total = self._ws(f"first.d_bias{number}", self._out)
                 self._p(torch.sum, rows, 0, out=total)
                 self._p(found.of[layer.bias_name].add_, total)
             if d_x is not None:
-                self._p(torch.mm, rows, layer.weight, out=flat(d_x))
+                self._p(multiply, rows, layer.weight, out=flat(d_x))
 
 
 def flat(x: Tensor) -> Tensor:
@@ -231,6 +238,6 @@ def flat(x: Tensor) -> Tensor:
 def linear(p: Program, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """x Wᵀ + b with shared parameters: one product for all tasks."""
     if bias is None:
-        p(torch.mm, flat(x), weight.t(), out=flat(out))
+        p(multiply, flat(x), weight.t(), out=flat(out))
     else:
-        p(torch.addmm, bias, flat(x), weight.t(), out=flat(out))
+        p(multiply_add, bias, flat(x), weight.t(), out=flat(out))
