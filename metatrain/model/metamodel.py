@@ -9,7 +9,7 @@ Symbols: T tasks, Q query events (padded), C candidates.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ from metatrain.meta.maml import MAML
 from metatrain.model.features import Assembled, Featurizer, candidate_slots
 from metatrain.model.learners.mlp import MLP
 from metatrain.model.tables import Tables
+from metatrain.observe.laps import Laps
 
 _PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 # A share of clicks of exactly 0 or 1 has no finite logit.
@@ -71,7 +72,14 @@ class MetaModel(nn.Module):
         self.tables, self.featurizer, self.meta = tables, featurizer, meta
         self._table_decay = table_decay
 
-    def forward(self, batch: TaskBatch, step: int, tasks_global: Tensor | float, world_size: int = 1) -> StepOutput:
+    def forward(
+        self,
+        batch: TaskBatch,
+        step: int,
+        tasks_global: Callable[[], Tensor] | float,
+        world_size: int = 1,
+        laps: Laps | None = None,
+    ) -> StepOutput:
         """The meta-loss of this rank's tasks; every rank must call it, if only with a batch of no tasks.
 
         The loss is world_size / tasks_global × (sum of this rank's tasks' query losses), so that the mean over ranks
@@ -82,13 +90,19 @@ class MetaModel(nn.Module):
         Args:
             batch: Tensors of this rank's tasks.
             step: Training step, for id dropout.
-            tasks_global: Tasks of all ranks together.
+            tasks_global: Tasks of all ranks together; a function of that where the ranks are still counting: it is
+                called after the inner loop.
             world_size: Number of ranks.
+            laps: Told of the stages.
         """
+        laps = laps or Laps(batch.labels.device)
         ids = self.featurizer.ids(batch, step if self.training else None)
         found = self.tables.lookup(ids)
+        laps.lap("lookup")
         if batch.size:
-            losses = self.meta(self.featurizer.assemble(batch, found.features, ids).episodes)
+            episodes = self.featurizer.assemble(batch, found.features, ids).episodes
+            laps.lap("assemble")
+            losses = self.meta(episodes)
             total, after, before = losses.total, losses.after, losses.before
         else:
             # Other ranks wait for this one's gradients, dense ones and rows' alike.
@@ -97,7 +111,8 @@ class MetaModel(nn.Module):
                 + [0.0 * rows.sum() for _, rows in found.tables.values()]
             ).sum()
             after = before = torch.zeros(0, device=total.device)
-        loss = total * (world_size / tasks_global)
+        laps.lap("inner_loop")
+        loss = total * (world_size / (tasks_global() if callable(tasks_global) else tasks_global))
         if self._table_decay and torch.is_grad_enabled():
             loss = loss + (0.5 * self._table_decay * world_size) * self.tables.touched_norm(found)
         return StepOutput(loss, before.sum(), after.sum(), before - after, batch.size)

@@ -38,12 +38,13 @@ log = logging.getLogger("metatrain")
 START_ATTEMPTS = 30
 
 
-def launch(config: Config, address: str | None = None) -> None:
+def launch(config: Config, address: str | None = None, work: Callable[[Config, Seat], None] = train) -> None:
     """Trains a run to its end; the same call again goes on where it stopped.
 
     Args:
         config: The resolved configuration.
         address: Of a Ray cluster (`auto`, `host:port`, `ray://…`). Default: a local Ray that ends with the call.
+        work: What every worker does: benchmarks do more than to train.
 
     Raises:
         MetatrainError: The run cannot work, or failed more often than `train.max_failures` allows.
@@ -55,7 +56,7 @@ def launch(config: Config, address: str | None = None) -> None:
         return
     storage.write_atomic(storage.join(config.run_url, "config.yaml"), to_yaml(config))
     with ray_session(config, address):
-        _fit(config)
+        _fit(config, work)
 
 
 def located(config: Config) -> Config:
@@ -170,19 +171,24 @@ def _worker_loop(settings: dict[str, Any]) -> None:
     logging.getLogger("metatrain").addHandler(_Told(tell))
     tell({"start": world_size})
     try:
-        train(config, Seat(rank, world_size, device, tell))
+        settings["work"](config, Seat(rank, world_size, device, tell))
     except MetatrainError as error:
         ray.get(teller.end_with.remote(error))
         raise
 
 
-def _fit(config: Config) -> None:
+def _fit(config: Config, work: Callable[[Config, Seat], None]) -> None:
     teller = Teller.remote()  # pyright: ignore[reportAttributeAccessIssue]
     fs, path = storage.filesystem(config.run_url)
     storage.make_folder(config.run_url)
     trainer = ray.train.torch.TorchTrainer(
         _worker_loop,
-        train_loop_config={"config": config.model_dump(mode="json"), "where": config.run_url, "teller": teller},
+        train_loop_config={
+            "config": config.model_dump(mode="json"),
+            "where": config.run_url,
+            "teller": teller,
+            "work": work,
+        },
         torch_config=ray.train.torch.TorchConfig(backend="cpu:gloo,cuda:nccl" if config.train.gpus else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.train.workers,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from metatrain.data.reader import BatchReader
 from metatrain.meta.maml import MAML
 from metatrain.model.metamodel import StepOutput
 from metatrain.model.tables import Distributed
+from metatrain.observe.laps import STAGES, Laps
 from metatrain.train.outer import DenseOptimizer, rate_share
 
 
@@ -39,16 +40,37 @@ def training_step(
     step: int,
     last: int,
     world_size: int,
+    laps: Laps | None = None,
 ) -> Outcome:
     """Trains on one global batch, of which `batch` (tensors) is this rank's part: one lookup, one backward."""
-    tasks = torch.tensor(float(batch.size), dtype=torch.float64, device=batch.labels.device)
-    dist.all_reduce(tasks)
+    laps = laps or Laps(batch.labels.device)
+    tasks_global = _tasks_of_all_ranks(batch)
     share = rate_share(config.train.optimizer, step, last)
     rate, table_rate = share * config.train.optimizer.rate, share * config.train.optimizer.table_rate
     distributed.set_table_rate(table_rate)  # before backward, which updates the tables
-    output: StepOutput = distributed.module(batch, step, tasks.clamp(min=1.0).to(batch.labels.dtype), world_size)
+    laps.lap("rest")
+    output: StepOutput = distributed.module(batch, step, tasks_global, world_size, laps)
     output.loss.backward()
-    return Outcome(output, optimizer.update(rate), rate, table_rate)
+    laps.lap("backward")
+    outcome = Outcome(output, optimizer.update(rate), rate, table_rate)
+    laps.lap("update")
+    return outcome
+
+
+def _tasks_of_all_ranks(batch: TaskBatch) -> Callable[[], Tensor]:
+    """Begins to count the tasks of the global batch; what it returns waits for the count, which is at least 1.
+
+    The plan doesn't know it: a rank finds out which tasks have too few events as it reads them.
+    """
+    tasks = torch.tensor(float(batch.size), dtype=torch.float64, device=batch.labels.device)
+    work = dist.all_reduce(tasks, async_op=True)
+    assert work is not None, "this process is in the group"
+
+    def count() -> Tensor:
+        work.wait()
+        return tasks.clamp(min=1.0).to(batch.labels.dtype)
+
+    return count
 
 
 def open_reader(dataset: TaskDataset, config: Config, split: Split) -> BatchReader:
@@ -95,40 +117,33 @@ def validation_losses(
 class Totals:
     """Sums over the steps since the last line of the curves, reduced over ranks only when a line is due."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._waited = 0.0
+    _SUMS = 6  # of `add`'s, before the seconds of the stages and `due`
+
+    def __init__(self, device: torch.device, laps: Laps) -> None:
+        self._device, self._laps = device, laps
         self._reset()
 
     def _reset(self) -> None:
-        self._sums = torch.zeros(8, dtype=torch.float64, device=self._device)
+        self._sums = torch.zeros(self._SUMS + len(STAGES) + 1, dtype=torch.float64, device=self._device)
         self._steps, self._clock = 0, time.monotonic()
-        self._waited_before = self._waited
         self._last: Outcome | None = None
 
-    def add(self, outcome: Outcome, batch: TaskBatch, wait_seconds: float) -> None:
-        """Adds a step; `wait_seconds` is the time waited for data since the run began."""
+    def add(self, outcome: Outcome, batch: TaskBatch) -> None:
+        """Adds a step."""
         out = outcome.output
-        self._sums[:5] += torch.stack(
-            [
-                out.before,
-                out.after,
-                (out.gains > 0).sum().to(out.after),
-                torch.as_tensor(float(batch.size)),
-                torch.as_tensor(float(batch.skipped)),
-            ]
-        ).to(self._sums)
-        self._sums[5] += batch.labels.shape[0]
-        self._waited, self._steps, self._last = wait_seconds, self._steps + 1, outcome
+        self._sums[:3] += torch.stack([out.before, out.after, (out.gains > 0).sum().to(out.after)]).to(self._sums)
+        counts = torch.tensor([batch.size, batch.skipped, batch.labels.shape[0]], dtype=torch.float64)
+        self._sums[3 : self._SUMS] += counts.to(self._device, non_blocking=True)
+        self._steps, self._last = self._steps + 1, outcome
 
     def reduce(self, due: bool) -> tuple[dict[str, float], bool]:
         """The curves of the steps since the last call, equal on all ranks, and whether any rank said `due`."""
         assert self._last is not None, "reduce follows at least one add"
         seconds = max(time.monotonic() - self._clock, 1e-9)
-        self._sums[6] = (self._waited - self._waited_before) / seconds
-        self._sums[7] = float(due)
+        stages = self._laps.take()
+        self._sums[self._SUMS :] = torch.tensor([*(stages[name] for name in STAGES), float(due)])
         dist.all_reduce(self._sums)
-        before, after, improved, tasks, skipped, events, wait, anyone_due = self._sums.tolist()
+        before, after, improved, tasks, skipped, events, *spent, anyone_due = self._sums.tolist()
         count = max(tasks, 1.0)
         curves = {
             "learning/loss_before": before / count,
@@ -142,7 +157,8 @@ class Totals:
             "speed/tasks_per_second": tasks / seconds,
             "speed/events_per_second": events / seconds,
             "speed/step_seconds": seconds / self._steps,
-            "speed/wait_share": wait / dist.get_world_size(),
+            # Shares of the time, the mean of the ranks': they add up to 1.
+            **{f"time/{name}": of_stage / sum(spent) for name, of_stage in zip(STAGES, spent, strict=True)},
         }
         self._reset()
         return curves, anyone_due > 0

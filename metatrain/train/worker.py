@@ -24,6 +24,7 @@ from metatrain.data.stream import TaskStream
 from metatrain.errors import TrainingError
 from metatrain.model.metamodel import build_model
 from metatrain.model.tables import OPTIMIZER_PREFIX, distribute
+from metatrain.observe.laps import Laps
 from metatrain.observe.tensorboard import Board
 from metatrain.train.early_stopping import Patience
 from metatrain.train.outer import DenseOptimizer
@@ -80,7 +81,8 @@ class Training:
         )
         self.steps_of = [self.stream.steps(epoch) for epoch in range(config.train.epochs)]
         self.last = last_step(config, self.steps_of)
-        self.totals = Totals(seat.device)
+        self.laps = Laps(seat.device)
+        self.totals = Totals(seat.device, self.laps)
         self.board = Board(config.run_url, self.cursor.total) if seat.rank == 0 else None
         if self.board is not None:
             write_texts(self.board, config, self.dataset)
@@ -90,8 +92,11 @@ class Training:
         config = self.config
         while not self._over():
             epoch, due = self.cursor.epoch, False
+            self.laps.lap("rest")
             for batch in self.stream.batches(epoch, self.cursor.step):
+                self.laps.lap("wait")
                 tensors = batch.tensors(self.seat.device)
+                self.laps.lap("copy")
                 outcome = training_step(
                     self.distributed,
                     self.optimizer,
@@ -100,9 +105,10 @@ class Training:
                     self.cursor.total,
                     self.last,
                     self.seat.world_size,
+                    self.laps,
                 )
                 self.cursor = Cursor(epoch=epoch, step=self.cursor.step + 1, total=self.cursor.total + 1)
-                self.totals.add(outcome, batch, self.stream.wait_seconds)
+                self.totals.add(outcome, batch)
                 ends = self.cursor.total == self.last or self.cursor.step == self.steps_of[epoch]
                 due = self._due_by_steps()
                 if ends or self.cursor.total % config.train.log_every == 0:
@@ -111,6 +117,7 @@ class Training:
                     break
                 if due:
                     self._save(outcome)
+                self.laps.lap("rest")
             if self.cursor.step == self.steps_of[epoch]:
                 self.cursor = Cursor(epoch=epoch + 1, step=0, total=self.cursor.total)
             metrics, improved = self._validate()
