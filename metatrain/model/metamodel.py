@@ -25,7 +25,7 @@ from metatrain.meta.episode import Examples, Slots
 from metatrain.meta.maml import MAML
 from metatrain.model.features import Assembled, Featurizer, candidate_slots
 from metatrain.model.learners.mlp import MLP
-from metatrain.model.tables import Tables
+from metatrain.model.tables import Request, Tables
 from metatrain.observe.laps import Laps
 
 _PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
@@ -41,6 +41,13 @@ class StepOutput(NamedTuple):
     after: Tensor  # scalar: the same after adaptation
     gains: Tensor  # [T]: before - after of each task
     tasks: int  # T
+
+
+class Asked(NamedTuple):
+    """A batch's lookup under way: made by `MetaModel.ask`, used up by its forward."""
+
+    ids: dict[str, Tensor]
+    request: Request
 
 
 class Scores(NamedTuple):
@@ -78,6 +85,7 @@ class MetaModel(nn.Module):
         step: int,
         tasks_global: Callable[[], Tensor] | float,
         world_size: int = 1,
+        asked: Asked | None = None,
         laps: Laps | None = None,
     ) -> StepOutput:
         """The meta-loss of this rank's tasks; every rank must call it, if only with a batch of no tasks.
@@ -93,11 +101,12 @@ class MetaModel(nn.Module):
             tasks_global: Tasks of all ranks together; a function of that where the ranks are still counting: it is
                 called after the inner loop.
             world_size: Number of ranks.
+            asked: What `ask` gave for this batch and step. Default: asked now.
             laps: Told of the stages.
         """
         laps = laps or Laps(batch.labels.device)
-        ids = self.featurizer.ids(batch, step if self.training else None)
-        found = self.tables.lookup(ids)
+        ids, request = asked or self.ask(batch, step)
+        found = self.tables.lookup(request)
         laps.lap("lookup")
         if batch.size:
             episodes = self.featurizer.assemble(batch, found.features, ids).episodes
@@ -116,6 +125,11 @@ class MetaModel(nn.Module):
         if self._table_decay and torch.is_grad_enabled():
             loss = loss + (0.5 * self._table_decay * world_size) * self.tables.touched_norm(found)
         return StepOutput(loss, before.sum(), after.sum(), before - after, batch.size)
+
+    def ask(self, batch: TaskBatch, step: int) -> Asked:
+        """Begins the lookup of a batch; no row is read before `forward`. Collective, as `forward` is."""
+        ids = self.featurizer.ids(batch, step if self.training else None)
+        return Asked(ids, self.tables.request(ids))
 
     @torch.no_grad()
     def adapted_scores(self, batch: TaskBatch) -> Scores:

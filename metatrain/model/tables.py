@@ -34,7 +34,7 @@ from torchrec.distributed.sharding_plan import construct_module_sharding_plan, r
 from torchrec.distributed.types import ShardingEnv, ShardingPlan
 from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollection
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from metatrain.config import OptimizerConfig
 from metatrain.errors import CheckpointError, DatasetError
@@ -63,6 +63,48 @@ class TableSpec:
     rows: int
     width: int
     features: tuple[str, ...]
+
+
+class _Exchange:
+    """One collection's part of a lookup: ids go to the ranks that hold their rows, the rows come back.
+
+    TorchRec's own `forward` waits for each exchange of a collection before it begins the next collection's.
+    """
+
+    def __init__(self, collection: nn.Module, ids: KeyedJaggedTensor) -> None:
+        self._collection, self._ids = collection, ids
+        if isinstance(collection, ShardedEmbeddingCollection):
+            self._context = collection.create_context()
+            self._sizes = collection.input_dist(self._context, ids)
+            self._values: Any = None
+
+    def send(self) -> None:
+        """Sends the ids, once the ranks know how many each of them gets."""
+        if isinstance(self._collection, ShardedEmbeddingCollection) and self._values is None:
+            self._values = self._sizes.wait()
+
+    def rows(self) -> Mapping[str, JaggedTensor]:
+        """Reads the rows and begins to send them; the first use of the result waits for them."""
+        if not isinstance(self._collection, ShardedEmbeddingCollection):
+            return self._collection(self._ids)
+        self.send()
+        return cast(Any, self._collection.compute_and_output_dist(self._context, self._values.wait()))
+
+
+@dataclass(frozen=True)
+class Request:
+    """Ids on their way to the rows. Made by `Tables.request`, used up by `Tables.lookup`."""
+
+    asked: dict[str, list[str]]  # table → its features that ask
+    sizes: dict[str, int]  # feature → number of its ids
+    keys: dict[str, Tensor]  # table → the ids to look up [K]
+    positions: dict[str, Tensor]  # table → where its features' ids are in `keys`; empty where nothing is deduplicated
+    exchanges: list[tuple[list[TableSpec], _Exchange]]
+
+    def send(self) -> None:
+        """The second half of the exchange of ids, which must wait for the first: call it when other work is done."""
+        for _, exchange in self.exchanges:
+            exchange.send()
 
 
 @dataclass(frozen=True)
@@ -123,10 +165,13 @@ class Tables(nn.Module):
 
     def forward(self, ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Feature → its ids' rows: int64 [n_f] → float32 [n_f, D]. Every rank must call it, if only with no ids."""
-        return self.lookup(ids).features
+        return self.lookup(self.request(ids)).features
 
-    def lookup(self, ids: Mapping[str, Tensor]) -> Lookup:
-        """As `forward`, with the rows of each table beside them. Features that are left out have no ids.
+    def request(self, ids: Mapping[str, Tensor]) -> Request:
+        """Begins a lookup: the ids go to the ranks that hold their rows, and no row is read yet.
+
+        So the next step's may be on their way while this step still updates the rows. All ranks must make the same
+        calls in the same order, if only with no ids. Features that are left out have no ids.
 
         Raises:
             DatasetError: An id outside its table (checked on the CPU; a GPU would have to wait for the answer).
@@ -142,14 +187,22 @@ class Tables(nn.Module):
         for spec in self.specs:
             _check_range(spec, keys[spec.name])
         # All exchanges are begun before any is waited for.
-        found = [(specs, self.collections[width](_jagged(specs, keys))) for width, specs in self._by_width.items()]
+        exchanges = [(s, _Exchange(self.collections[width], _jagged(s, keys))) for width, s in self._by_width.items()]
+        sizes = {feature: tensor.numel() for feature, tensor in ids.items()}
+        return Request(asked, sizes, keys, positions, exchanges)
+
+    def lookup(self, request: Request) -> Lookup:
+        """The rows that were asked for, as they are now."""
+        request.send()
+        found = [(specs, exchange.rows()) for specs, exchange in request.exchanges]
+        keys = request.keys
         tables = {spec.name: (keys[spec.name], rows[spec.name].values()) for specs, rows in found for spec in specs}
         features: dict[str, Tensor] = {}
-        for name, names in asked.items():
+        for name, names in request.asked.items():
             rows = tables[name][1]
-            if self._dedup:
-                rows = rows.index_select(0, positions[name])
-            features.update(zip(names, rows.split([ids[feature].numel() for feature in names]), strict=True))
+            if name in request.positions:
+                rows = rows.index_select(0, request.positions[name])
+            features.update(zip(names, rows.split([request.sizes[feature] for feature in names]), strict=True))
         return Lookup(features, tables)
 
     def touched_norm(self, found: Lookup) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 
 #: The stages of a training step, in their order. `lookup` and `backward` hold the exchanges between ranks, and so the
 #: wait for slower ranks.
-STAGES = ("wait", "copy", "lookup", "assemble", "inner_loop", "backward", "update", "rest")
+STAGES: tuple[str, ...] = ("wait", "copy", "lookup", "assemble", "inner_loop", "backward", "update", "rest")
 
 # Marks kept before they are summed: a bound, however seldom somebody asks.
 _MARKS_KEPT = 4096

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ from metatrain.data.dataset import TaskDataset
 from metatrain.data.manifest import ItemSet, Split
 from metatrain.data.reader import BatchReader
 from metatrain.meta.maml import MAML
-from metatrain.model.metamodel import StepOutput
+from metatrain.model.metamodel import Asked, MetaModel, StepOutput
 from metatrain.model.tables import Distributed
 from metatrain.observe.laps import STAGES, Laps
 from metatrain.train.outer import DenseOptimizer, rate_share
@@ -32,29 +33,65 @@ class Outcome:
     table_rate: float
 
 
-def training_step(
-    distributed: Distributed,
-    optimizer: DenseOptimizer,
-    batch: TaskBatch,
-    config: Config,
-    step: int,
-    last: int,
-    world_size: int,
-    laps: Laps | None = None,
-) -> Outcome:
-    """Trains on one global batch, of which `batch` (tensors) is this rank's part: one lookup, one backward."""
-    laps = laps or Laps(batch.labels.device)
-    tasks_global = _tasks_of_all_ranks(batch)
-    share = rate_share(config.train.optimizer, step, last)
-    rate, table_rate = share * config.train.optimizer.rate, share * config.train.optimizer.table_rate
-    distributed.set_table_rate(table_rate)  # before backward, which updates the tables
-    laps.lap("rest")
-    output: StepOutput = distributed.module(batch, step, tasks_global, world_size, laps)
-    output.loss.backward()
-    laps.lap("backward")
-    outcome = Outcome(output, optimizer.update(rate), rate, table_rate)
-    laps.lap("update")
-    return outcome
+class OuterLoop:
+    """Takes the steps of training, one after the other.
+
+    Args:
+        distributed: The model.
+        optimizer: Of its dense parameters.
+        config: Rates and schedule.
+        last: Steps of the whole run.
+        world_size: Number of ranks.
+        laps: Told of the stages.
+    """
+
+    def __init__(
+        self,
+        distributed: Distributed,
+        optimizer: DenseOptimizer,
+        config: Config,
+        last: int,
+        world_size: int,
+        laps: Laps | None = None,
+    ) -> None:
+        self._distributed, self._optimizer, self._config = distributed, optimizer, config.train.optimizer
+        self._last, self._world_size, self._laps = last, world_size, laps
+        self._model = cast(MetaModel, distributed.model)
+        self._ahead: tuple[TaskBatch, int, Asked] | None = None
+
+    def step(self, batch: TaskBatch, step: int, following: TaskBatch | None = None) -> Outcome:
+        """Trains on one global batch: one lookup, one backward.
+
+        Args:
+            batch: This rank's part (tensors).
+            step: Its number, from 0.
+            following: The part that comes next, where there is one, on all ranks or on none: its ids go to the ranks
+                that hold their rows while this step computes. Its rows are read after this step's update.
+        """
+        laps = self._laps or Laps(batch.labels.device)
+        tasks_global = _tasks_of_all_ranks(batch)
+        share = rate_share(self._config, step, self._last)
+        rate, table_rate = share * self._config.rate, share * self._config.table_rate
+        self._distributed.set_table_rate(table_rate)  # before backward, which updates the tables
+        asked, self._ahead = self._asked(batch, step), None
+        laps.lap("rest")
+        if following is not None:
+            self._ahead = following, step + 1, self._model.ask(following, step + 1)
+            laps.lap("lookup")
+        output: StepOutput = self._distributed.module(batch, step, tasks_global, self._world_size, asked, laps)
+        if self._ahead is not None:
+            self._ahead[2].request.send()
+        output.loss.backward()
+        laps.lap("backward")
+        outcome = Outcome(output, self._optimizer.update(rate), rate, table_rate)
+        laps.lap("update")
+        return outcome
+
+    def _asked(self, batch: TaskBatch, step: int) -> Asked | None:
+        """What was asked ahead, if it was for this batch and step."""
+        if self._ahead is None or self._ahead[0] is not batch or self._ahead[1] != step:
+            return None
+        return self._ahead[2]
 
 
 def _tasks_of_all_ranks(batch: TaskBatch) -> Callable[[], Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from metatrain.checkpoint import MODEL, Cursor, committed_steps, load_checkpoint, read_marker, save_checkpoint
 from metatrain.checkpoint.identity import check_identity, identity
 from metatrain.config import Config
+from metatrain.data.batch import TaskBatch
 from metatrain.data.dataset import TaskDataset
 from metatrain.data.manifest import Split
 from metatrain.data.plan import lanes_of
@@ -29,7 +30,7 @@ from metatrain.observe.tensorboard import Board
 from metatrain.train.early_stopping import Patience
 from metatrain.train.outer import DenseOptimizer
 from metatrain.train.run_text import write_texts
-from metatrain.train.step import Outcome, Totals, mean_inner_rates, open_reader, training_step, validation_losses
+from metatrain.train.step import Outcome, OuterLoop, Totals, mean_inner_rates, open_reader, validation_losses
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class Training:
         self.last = last_step(config, self.steps_of)
         self.laps = Laps(seat.device)
         self.totals = Totals(seat.device, self.laps)
+        self.outer = OuterLoop(self.distributed, self.optimizer, config, self.last, seat.world_size, self.laps)
         self.board = Board(config.run_url, self.cursor.total) if seat.rank == 0 else None
         if self.board is not None:
             write_texts(self.board, config, self.dataset)
@@ -93,20 +95,9 @@ class Training:
         while not self._over():
             epoch, due = self.cursor.epoch, False
             self.laps.lap("rest")
-            for batch in self.stream.batches(epoch, self.cursor.step):
-                self.laps.lap("wait")
-                tensors = batch.tensors(self.seat.device)
-                self.laps.lap("copy")
-                outcome = training_step(
-                    self.distributed,
-                    self.optimizer,
-                    tensors,
-                    config,
-                    self.cursor.total,
-                    self.last,
-                    self.seat.world_size,
-                    self.laps,
-                )
+            for batch, following in _with_next(self._batches(epoch)):
+                goes_on = self.cursor.total + 1 < self.last
+                outcome = self.outer.step(batch, self.cursor.total, following if goes_on else None)
                 self.cursor = Cursor(epoch=epoch, step=self.cursor.step + 1, total=self.cursor.total + 1)
                 self.totals.add(outcome, batch)
                 ends = self.cursor.total == self.last or self.cursor.step == self.steps_of[epoch]
@@ -124,6 +115,14 @@ class Training:
             if improved or due or self._over():
                 self._save(None, metrics)
         self.seat.tell({"done": self.cursor.total, "steps": self.last, "stopped_early": self.patience.exhausted})
+
+    def _batches(self, epoch: int) -> Iterator[TaskBatch]:
+        """This worker's batches of an epoch from the cursor on, as tensors on its device."""
+        for batch in self.stream.batches(epoch, self.cursor.step):
+            self.laps.lap("wait")
+            tensors = batch.tensors(self.seat.device)
+            self.laps.lap("copy")
+            yield tensors
 
     def close(self) -> None:
         """Ends the readers, and writes what is left of the curves."""
@@ -216,6 +215,15 @@ class Training:
                 remedy="Lower `meta.rate` or the rates of `train.optimizer`, or clip with `train.optimizer.clip`, "
                 "under another `run.name`.",
             )
+
+
+def _with_next(batches: Iterator[TaskBatch]) -> Iterator[tuple[TaskBatch, TaskBatch | None]]:
+    """Each with the one behind it; None behind the last."""
+    batch = next(batches, None)
+    while batch is not None:
+        following = next(batches, None)
+        yield batch, following
+        batch = following
 
 
 def train(config: Config, seat: Seat) -> None:
