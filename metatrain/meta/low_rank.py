@@ -47,6 +47,7 @@ from metatrain.meta.losses import EventLoss, event_loss
 from metatrain.meta.low_rank_elementwise import loss_derivatives
 from metatrain.meta.low_rank_form import CannotServe, describe
 from metatrain.meta.low_rank_loss import AdaptedLoss, Problem, Recordings, without_prefix
+from metatrain.meta.low_rank_rows import RowFeature, pool
 
 __all__ = ["AdaptedLosses", "CannotServe", "LowRankEngine"]
 
@@ -96,18 +97,10 @@ class LowRankEngine:
         support: Examples,
         rows: Tensors,
     ) -> FastWeights:
-        """See `Engine.adapt`.
-
-        Raises:
-            CannotServe: There are adapted rows.
-        """
-        if rows:
-            raise CannotServe("embedding rows adapt")
-        if not rates or not adapted:
+        """See `Engine.adapt`."""
+        if not rates or not (adapted or rows):
             return self._vmap.adapt(parameters, adapted, rates, support, rows)
-        return FastWeights(
-            low_rank_adapt.adapt(self.form, parameters, adapted, rates, support, self._loss, self._order), {}
-        )
+        return low_rank_adapt.adapt(self.form, parameters, adapted, rates, support, rows, self._loss, self._order)
 
     def predict(self, parameters: Tensors, fast: FastWeights, examples: Examples) -> Tensor:
         """See `Engine.predict`."""
@@ -127,20 +120,21 @@ class LowRankEngine:
             parameters, adapted, rates: See `Engine.adapt`.
             episodes: Support and query.
             loss: Of a query event: a name, which spares autograd, or any elementwise function.
-
-        Raises:
-            CannotServe: There are adapted rows.
         """
-        if episodes.rows:
-            raise CannotServe("embedding rows adapt")
         support, query, form = episodes.support, episodes.query, self.form
-        lowest = self.lowest(adapted)
+        lowest = self.lowest(adapted, episodes.rows)
         # Layers below the lowest that adapts are the same in every step: plain autograd takes them once.
         inputs = [form.prefix(parameters, x, lowest) for x in (support.x, query.x)]
         if form.skip and lowest == len(form.hidden):
             inputs = [torch.cat([z, x], -1) for z, x in zip(inputs, (support.x, query.x), strict=True)]
-        elif form.skip and lowest:
+        skips = form.skip and 0 < lowest < len(form.hidden)
+        if skips:
             inputs += [support.x, query.x]
+        features: tuple[RowFeature, ...] = ()
+        if episodes.rows:
+            pooled = pool(episodes.rows, support.slots, query.slots)
+            features = pooled.features
+            inputs += [pooled.support, pooled.query, *pooled.kernels]
         above = without_prefix(form, lowest)
         used = {n for names in (*above.hidden, above.head) for n in (names.weight, names.bias, above.offset) if n}
         names = tuple(name for name in parameters if name in used)
@@ -156,7 +150,9 @@ class LowRankEngine:
             self._derivatives,
             self._order,
             len(inputs),
-            self._chunk_for(support, query, len(rates)),
+            skips,
+            features,
+            self._chunk_for(support, query, features, len(rates)),
             torch.is_grad_enabled(),
         )
         weights = support.mask / support.mask.sum(-1, keepdim=True).clamp(min=1.0)
@@ -173,17 +169,24 @@ class LowRankEngine:
         )
         return AdaptedLosses(*result)
 
-    def lowest(self, adapted: tuple[str, ...]) -> int:
-        """Which hidden layer is the lowest that adapts; the number of hidden layers where none does."""
+    def lowest(self, adapted: tuple[str, ...], rows: Tensors) -> int:
+        """Which hidden layer is the lowest whose output adapts; the number of hidden layers where none does."""
         hidden = self.form.hidden
+        if rows:
+            return 0
         return next((i for i, n in enumerate(hidden) if {n.weight, n.bias} & set(adapted)), len(hidden))
 
-    def _chunk_for(self, support: Examples, query: Examples, steps: int) -> int:
+    def _chunk_for(self, support: Examples, query: Examples, rows: tuple[RowFeature, ...], steps: int) -> int:
         events, queries = support.labels.shape[1], query.labels.shape[1]
         # What a step keeps of a task: outputs, slopes and gradients of each layer, and the weights above the first.
         kept = sum(5 * events * width for width in self.widths)
         kept += sum(below * above for below, above in zip(self.widths, self.widths[1:], strict=False))
-        a_task = (events + queries) * support.x.shape[2] + steps * kept
+        a_task = (events + queries) * support.x.shape[2]
+        if rows:
+            width = sum(feature.width for feature in rows)
+            kept += width * (2 * events + sum(self.widths[:1]))
+            a_task += (events + queries) * (width + len(rows) * events)
+        a_task += steps * kept
         # Below a few tasks the calls' own time would outweigh what the cache saves.
-        fit = max(16, min(256, CHUNK_BYTES // (a_task * support.x.element_size())))
+        fit = max(16, min(256, CHUNK_BYTES // max(1, a_task * support.x.element_size())))
         return min(fit, self._chunk) if self._chunk else fit

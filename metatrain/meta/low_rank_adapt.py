@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from metatrain.meta.engine import Tensors
+from metatrain.meta.engine import FastWeights, Tensors, rows_key
 from metatrain.meta.episode import Examples
 from metatrain.meta.losses import EventLoss
 from metatrain.meta.low_rank_elementwise import ACTIVATIONS
 from metatrain.meta.low_rank_form import LinearForm, LinearNames
+from metatrain.meta.low_rank_rows import pooling
 
 
 class _Layer:
@@ -39,10 +40,11 @@ class _Layer:
             out = out - (z @ torch.cat(self._inputs, 1).mT) @ torch.cat(self._scaled, 1)
         return out if self._moved is None else out - self._moved
 
-    def backward(self, delta: Tensor) -> Tensor:
-        out = delta @ self._weight
+    def backward(self, delta: Tensor, columns: slice = slice(None)) -> Tensor:
+        """The gradient at those columns of the inputs."""
+        out = delta @ self._weight[:, columns]
         if self._scaled:
-            out = out - (delta @ torch.cat(self._scaled, 1).mT) @ torch.cat(self._inputs, 1)
+            out = out - (delta @ torch.cat(self._scaled, 1).mT) @ torch.cat(self._inputs, 1)[..., columns]
         return out
 
     def update(self, z: Tensor, delta: Tensor, rates: dict[str, Tensor], constant: bool) -> None:
@@ -78,13 +80,18 @@ def adapt(
     adapted: tuple[str, ...],
     rates: list[dict[str, Tensor]],
     support: Examples,
+    rows: Tensors,
     loss: EventLoss,
     order: int,
-) -> Tensors:
-    """The adapted parameters [T, *shape] after `rates`' steps (at least one) on each task's mean support loss."""
+) -> FastWeights:
+    """What adapts, [T, *shape], after `rates`' steps (at least one) on each task's mean support loss."""
     constant = order == 1
     inner = {name: p.detach() for name, p in parameters.items()} if constant else parameters
-    x = support.x.detach() if constant else support.x
+    fixed = support.x.detach() if constant else support.x
+    pools = {name: pooling(support.slots[name], rows[name]) for name in sorted(rows)}
+    steps_of_rows: dict[str, list[Tensor]] = {name: [] for name in pools}
+    now = {name: rows[name].detach() if constant else rows[name] for name in pools}
+    own = slice(fixed.shape[2], None)  # the rows' columns among the inputs
     which = frozenset(adapted)
     hidden = [_Layer(names, inner, which) for names in form.hidden]
     head = _Layer(form.head, inner, which)
@@ -92,6 +99,7 @@ def adapt(
     weights = support.mask / support.mask.sum(-1, keepdim=True).clamp(min=1.0)
     with torch.enable_grad() if not constant and torch.is_grad_enabled() else torch.no_grad():
         for step in rates:
+            x = torch.cat([fixed, *(pools[name] @ now[name] for name in pools)], -1)
             hs, zs = [], [x]
             for layer in hidden:
                 hs.append(layer.forward(zs[-1]))
@@ -102,17 +110,30 @@ def adapt(
                 s = s + inner[form.offset]
             delta = _pull(lambda at: loss(at, support.labels) * weights, s, torch.ones_like(s)).unsqueeze(-1)
             deltas = [delta]
-            below = head.backward(delta)[..., : zs[-1].shape[-1]]
+            below = head.backward(delta, slice(zs[-1].shape[-1]))
             for i in range(len(hidden) - 1, -1, -1):
                 deltas.append(_pull(function, hs[i], below))
                 below = hidden[i].backward(deltas[-1]) if i else below
             deltas.reverse()
+            if rows:
+                rho = hidden[0].backward(deltas[0], own) if hidden else below[..., own]
+                if form.skip:
+                    rho = rho + head.backward(delta, slice(zs[-1].shape[-1] + own.start, None))
+                widths = [rows[name].shape[2] for name in pools]
+                for (name, p), gradient in zip(pools.items(), rho.split(widths, -1), strict=True):
+                    steps_of_rows[name].append(p.mT @ gradient)
+                    rate = step[rows_key(name)]
+                    now[name] = now[name] - steps_of_rows[name][-1] * (rate.detach() if constant else rate)
             for layer, z, d in zip([*hidden, head], [*zs[: len(hidden)], seen], deltas, strict=True):
                 layer.update(z, d, step, constant)
     found: Tensors = {}
     for layer in (*hidden, head):
         found |= layer.fast_weights(parameters)
-    return {name: found[name] for name in adapted}
+    moved: Tensors = {}
+    for name, gradients in steps_of_rows.items():
+        by = [gradient * step[rows_key(name)] for gradient, step in zip(gradients, rates, strict=True)]
+        moved[name] = rows[name] - torch.stack(by).sum(0)
+    return FastWeights({name: found[name] for name in adapted}, moved)
 
 
 def _pull(function: Callable[[Tensor], Tensor], at: Tensor, by: Tensor) -> Tensor:

@@ -72,21 +72,17 @@ class ChoosingEngine:
         """The engine for such a batch, and why."""
         if self._low_rank is None:
             return Choice("vmap", self._refusal)
-        if rows:
-            if self._asked == "low_rank":
-                raise CannotServe("embedding rows adapt")
-            return Choice("vmap", "vmap: the low-rank form can't serve: embedding rows adapt")
         if self._asked == "low_rank":
             return Choice("low_rank", "low_rank: it was asked for")
-        if not steps or not adapted:
+        if not steps or not (adapted or rows):
             return Choice("vmap", "vmap: nothing adapts")
-        return choose(self._shapes(self._low_rank, adapted, steps, support, query))
+        return choose(self._shapes(self._low_rank, adapted, steps, support, query, rows))
 
     def _shapes(
-        self, engine: LowRankEngine, adapted: tuple[str, ...], steps: int, support: Examples, query: Examples
+        self, engine: LowRankEngine, adapted: tuple[str, ...], steps: int, support: Examples, query: Examples, rows: Tensors
     ) -> Shapes:
         widths = engine.widths
-        lowest = engine.lowest(adapted)
+        lowest = engine.lowest(adapted, rows)
         inputs = support.x.shape[2]
         reads = (inputs, *widths)
         wide = reads[lowest]

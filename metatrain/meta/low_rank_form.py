@@ -74,6 +74,8 @@ def describe(learner: nn.Module) -> LinearForm:
     unknown = [name for name, _ in learner.named_parameters() if name not in known]
     if unknown:
         raise CannotServe(f"parameters outside its linear layers: {', '.join(unknown)}")
+    if form.skip and not form.hidden:
+        raise CannotServe("without hidden layers, its head would see the inputs twice")
     if len(parameters[form.head.weight]) != 1:
         raise CannotServe("its head has more than one output")
     first = parameters[(form.hidden[0] if form.hidden else form.head).weight]

@@ -1,7 +1,8 @@
-"""The head of a base learner: one score from the last hidden layer, and from inputs that don't change between steps.
+"""The head of a base learner: one score from the last hidden layer, from adapted rows, and from fixed inputs.
 
-Same conventions as `low_rank_layers`. s = z vᵀ + x uᵀ + c + offset, with (v, u) one weight tensor: v is kept a task
-(it is a vector), x uᵀ through the inputs' Gram matrix: x uₖᵀ = x u₀ᵀ - (x x_sᵀ) aₖ, a [T, S] the sum of α e.
+Same conventions as `low_rank_layers`. s = z vᵀ + x uᵀ + r tᵀ + c + offset, with (v, u, t) one weight tensor: v and t
+are kept a task (they are vectors, `low_rank_vector`), x uᵀ through the inputs' Gram matrix:
+x uₖᵀ = x u₀ᵀ - (x x_sᵀ) aₖ, a [T, S] the sum of α e.
 """
 
 from __future__ import annotations
@@ -9,19 +10,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metatrain.meta.low_rank_layers import Gradients, Gram, Linear
+from metatrain.meta.low_rank_layers import Gradients, Gram, Linear, flat
 from metatrain.meta.low_rank_program import Program, Rate, Workspace, add_product_sum
+from metatrain.meta.low_rank_vector import Vector, dots
+
+#: What changes between steps: the last hidden layer's outputs and the adapted rows, where the head sees them.
+Moving = tuple[Tensor | None, Tensor | None]
 
 
 class Head:
     """See the module.
 
     Args:
-        layer: The head's parameters, weight [1, H + I].
+        layer: The head's parameters, weight [1, H + I + D].
         hidden: H, 0 without hidden layers.
         sizes: T, S, Q.
-        x_s, x_q: The inputs seen directly, [T, E, I]; None: the head sees the last hidden layer alone.
+        x_s, x_q: The fixed inputs seen directly, [T, E, I]; None: the head sees the last hidden layer alone.
         gram: Of those inputs, where the weight adapts.
+        rows: D, the width of the adapted rows seen directly.
     """
 
     def __init__(
@@ -35,19 +41,21 @@ class Head:
         x_s: Tensor | None,
         x_q: Tensor | None,
         gram: Gram | None,
+        rows: int,
     ) -> None:
-        self._p, self._ws, self._layer, self._hidden, self._gram = p, ws, layer, hidden, gram
+        self._p, self._ws, self._layer, self._gram = p, ws, layer, gram
         self._tasks, self._events, self._queries = sizes
         self._x_s, self._x_q, self._offset = x_s, x_q, offset
-        self._u = layer.weight[0, hidden:]
+        seen = layer.weight.shape[1] - rows
+        self._fixed = layer.part(hidden, seen - hidden, bias=False)
         self._base_s = self._against("base_s", x_s)
         self._base_q = self._against("base_q", x_q)
-        v = ws("head.v0", self._tasks, 1, hidden)
-        p(v.copy_, layer.weight[:, :hidden].expand(self._tasks, 1, hidden))
-        self._v = [v]
+        self._vectors = [
+            Vector(p, ws, f"head.{name}", layer.part(start, width, bias=False), self._tasks) if width else None
+            for name, start, width in (("z", 0, hidden), ("r", seen, rows))
+        ]
         self._c: list[Tensor | None] = [layer.bias]
         self._a: list[Tensor] = []
-        self._z: list[Tensor | None] = []
         self._e: list[Tensor] = []
         self._e_sum: list[Tensor] = []
         self._d_base_s: Tensor | None = None
@@ -56,63 +64,56 @@ class Head:
         if x is None:
             return None
         base = self._ws(f"head.{name}", x.shape[0], x.shape[1])
-        self._p(torch.mv, x.view(-1, x.shape[2]), self._u, out=base.view(-1))
+        self._p(torch.mv, flat(x), self._fixed.weight[0], out=base.view(-1))
         return base
 
-    def _dots(self, a: Tensor, b: Tensor, out: Tensor) -> None:
-        """Σ a ⊙ b over the last axis: [T, A, B], [T, 1, B] → [T, A]. A batched product of width 1 is slower."""
-        terms = self._ws("head.terms", *a.shape)
-        self._p(torch.mul, a, b, out=terms)
-        self._p(torch.sum, terms, -1, out=out)
-
-    def _scores(
-        self, z: Tensor | None, v: Tensor, c: Tensor | None, base: Tensor | None, name: str, events: int
-    ) -> Tensor:
-        s = self._ws(f"head.{name}", self._tasks, events)
-        if z is not None:
-            self._dots(z, v, s)
+    def _complete(self, s: Tensor, c: Tensor | None, base: Tensor | None, begun: bool) -> None:
+        """Add to the moving inputs' part of the scores, where there is one, the others."""
         if base is not None:
-            self._p(s.copy_ if z is None else s.add_, base)
+            self._p(s.add_ if begun else s.copy_, base)
         if c is not None:
             self._p(s.add_, c)
         if self._offset is not None:
             self._p(s.add_, self._offset)
-        return s
 
-    def forward(self, k: int, z: Tensor | None) -> Tensor:
+    def _pairs(self, moving: Moving) -> list[tuple[Vector, Tensor, bool]]:
+        """The vectors with their inputs, and whether another came before."""
+        pairs = [(v, z) for v, z in zip(self._vectors, moving, strict=True) if v is not None and z is not None]
+        return [(v, z, number > 0) for number, (v, z) in enumerate(pairs)]
+
+    def forward(self, k: int, moving: Moving) -> Tensor:
         """Scores [T, S] before step k."""
-        self._z.append(z)
-        s = self._scores(z, self._v[k], self._c[k], self._base_s, f"s{k}", self._events)
+        s = self._ws(f"head.s{k}", self._tasks, self._events)
+        pairs = self._pairs(moving)
+        for vector, z, onto in pairs:
+            vector.forward(k, z, s, onto)
+        self._complete(s, self._c[k], self._base_s, bool(pairs))
         if self._gram is not None and self._gram.support is not None and k:
             self._subtract_product(s, self._gram.support, self._a[k - 1])
         return s
 
     def _subtract_product(self, s: Tensor, matrix: Tensor, vector: Tensor) -> None:
         product = self._ws("head.product", *s.shape)
-        self._dots(matrix, vector.unsqueeze(1), product)
+        dots(self._p, self._ws, matrix, vector.unsqueeze(1), product)
         self._p(s.sub_, product)
 
-    def backward(self, k: int, e: Tensor) -> Tensor:
-        """The support loss's gradient at z: e ⊗ vₖ, [T, S, H]."""
-        g = self._ws(f"head.g{k}", self._tasks, self._events, self._hidden)
-        self._p(torch.mul, e.unsqueeze(2), self._v[k], out=g)
-        return g
+    def backward(self, k: int, e: Tensor) -> Moving:
+        """The support loss's gradients at what moves, [T, S, H] and [T, S, D]."""
+        z, r = (None if vector is None else vector.backward(k, e) for vector in self._vectors)
+        return z, r
 
     def update(self, k: int, e: Tensor) -> None:
         """Take step k."""
-        p, ws, layer = self._p, self._ws, self._layer
-        z, v, c = self._z[k], self._v[k], self._c[k]
-        if layer.adapts_weight:
-            if z is not None:
-                moved = ws(f"head.v{k + 1}", *v.shape)
-                p(torch.baddbmm, v, e.unsqueeze(1), z, alpha=-Rate(k, layer.weight_name), out=moved)
-                v = moved
-            if self._gram is not None:
-                a = ws(f"head.a{k}", *e.shape)
-                if k == 0:
-                    p(a.zero_)
-                p(torch.add, self._a[k - 1] if k else a, e, alpha=Rate(k, layer.weight_name), out=a)
-                self._a.append(a)
+        p, ws, layer, c = self._p, self._ws, self._layer, self._c[k]
+        for vector in self._vectors:
+            if vector is not None:
+                vector.update(k, e)
+        if self._gram is not None:
+            a = ws(f"head.a{k}", *e.shape)
+            if k == 0:
+                p(a.zero_)
+            p(torch.add, self._a[k - 1] if k else a, e, alpha=Rate(k, layer.weight_name), out=a)
+            self._a.append(a)
         if layer.adapts_bias and layer.bias_name is not None:
             total = ws(f"head.sum{k}", self._tasks, 1)
             p(torch.sum, e, 1, keepdim=True, out=total)
@@ -121,68 +122,68 @@ class Head:
             p(torch.sub, c, total, alpha=Rate(k, layer.bias_name), out=lowered)
             c = lowered
         self._e.append(e)
-        self._v.append(v)
         self._c.append(c)
 
-    def before(self, z: Tensor | None) -> Tensor:
+    def before(self, moving: Moving) -> Tensor:
         """Scores [T, Q] with the shared parameters."""
-        return self._scores(z, self._v[0], self._layer.bias, self._base_q, "before", self._queries)
+        s = self._ws("head.before", self._tasks, self._queries)
+        pairs = self._pairs(moving)
+        for vector, z, onto in pairs:
+            vector.before(z, s, onto)
+        self._complete(s, self._layer.bias, self._base_q, bool(pairs))
+        return s
 
-    def query(self, z: Tensor | None) -> Tensor:
+    def query(self, moving: Moving) -> Tensor:
         """Scores [T, Q] after the last step."""
-        self._z_q = z
-        s = self._scores(z, self._v[-1], self._c[-1], self._base_q, "s_q", self._queries)
+        s = self._ws("head.s_q", self._tasks, self._queries)
+        pairs = self._pairs(moving)
+        for vector, z, onto in pairs:
+            vector.query(z, s, onto)
+        self._complete(s, self._c[-1], self._base_q, bool(pairs))
         if self._gram is not None and self._a:
             self._subtract_product(s, self._gram.query, self._a[-1])
         return s
 
-    def reverse_query(self, p: Program, d_s: Tensor) -> Tensor | None:
-        """Begin the reverse, from the adjoint of `query`: returns that of z [T, Q, H]."""
+    def reverse_query(self, p: Program, d_s: Tensor) -> Moving:
+        """Begin the reverse, from the adjoint of `query`: returns those of what moves."""
         self._p = p
-        ws, z = self._ws, self._z_q
+        ws = self._ws
         self._d_base_q = d_s
         self._d_c = ws("head.d_c", self._tasks, 1)
         p(torch.sum, d_s, 1, keepdim=True, out=self._d_c)
         if self._gram is not None and self._a:
             self._d_a = ws("head.d_a", self._tasks, self._events)
-            self._dots(self._gram.query.mT, d_s.unsqueeze(1), self._d_a)
+            dots(p, ws, self._gram.query.mT, d_s.unsqueeze(1), self._d_a)
             p(self._d_a.neg_)
             if self._gram.d_query is not None:
                 p(self._gram.d_query.addcmul_, d_s.unsqueeze(2), self._a[-1].unsqueeze(1), value=-1)
-        if z is None:
-            return None
-        self._d_v = ws("head.d_v", self._tasks, 1, self._hidden)
-        p(torch.bmm, d_s.unsqueeze(1), z, out=self._d_v)
-        d_z = ws("head.d_z_q", *z.shape)
-        p(torch.mul, d_s.unsqueeze(2), self._v[-1], out=d_z)
-        return d_z
+        z, r = (None if vector is None else vector.reverse_query(p, d_s) for vector in self._vectors)
+        return z, r
 
-    def reverse_backward(self, k: int, d_g: Tensor | None, found: Gradients) -> Tensor:
-        """From the adjoint of `backward(k)` and step k's update: the adjoint of e [T, S]."""
+    def reverse_backward(self, k: int, d_g: Moving, found: Gradients) -> Tensor:
+        """From the adjoints of `backward(k)` and step k's update: the adjoint of e [T, S]."""
         p, layer = self._p, self._layer
-        self._d_g = d_g
         d_e = self._ws("head.d_e", self._tasks, self._events)
         self._moved(k, d_e, found)
         if layer.adapts_bias and layer.bias_name is not None:
             p(d_e.sub_, self._d_c, alpha=Rate(k, layer.bias_name))
-        if d_g is not None:
-            product = self._ws("head.product", *d_e.shape)
-            self._dots(d_g, self._v[k], product)
-            p(d_e.add_, product)
+        for vector, d, _ in self._pairs(d_g):
+            vector.reverse_backward(k, d, d_e)
         return d_e
 
     def _moved(self, k: int, d_e: Tensor, found: Gradients) -> None:
         """d_e through the weight's update, and the derivative in the rates."""
-        p, layer, e, z = self._p, self._layer, self._e[k], self._z[k]
-        along = self._ws("head.along", *d_e.shape)
+        p, layer, e = self._p, self._layer, self._e[k]
         p(d_e.zero_)
         if layer.adapts_weight:
-            p(along.zero_)
-            if z is not None:
-                self._dots(z, self._d_v, along)
-                p(along.neg_)
+            along = self._ws("head.along", *d_e.shape)
             if self._gram is not None:
-                p(along.add_, self._d_a)
+                p(along.copy_, self._d_a)
+            else:
+                p(along.zero_)
+            for vector in self._vectors:
+                if vector is not None:
+                    vector.along(k, along)
             p(d_e.add_, along, alpha=Rate(k, layer.weight_name))
             if found.learned:
                 scratch = self._ws("head.product", *d_e.shape)
@@ -196,10 +197,9 @@ class Head:
         if found.learned:
             self._moved(k, self._ws("head.d_e", self._tasks, self._events), found)
 
-    def reverse_forward(self, k: int, d_s: Tensor) -> Tensor | None:
-        """From the adjoint of `forward(k)` and step k's update: the adjoint of z [T, S, H]."""
-        p, ws, layer = self._p, self._ws, self._layer
-        e, z, d_g = self._e[k], self._z[k], self._d_g
+    def reverse_forward(self, k: int, d_s: Tensor) -> Moving:
+        """From the adjoint of `forward(k)` and step k's update: the adjoints of what moves."""
+        p, ws = self._p, self._ws
         total = ws("head.scratch_sum", self._tasks, 1)
         p(torch.sum, d_s, 1, keepdim=True, out=total)
         p(self._d_c.add_, total)
@@ -211,27 +211,13 @@ class Head:
                 p(self._d_base_s.add_, d_s)
         if self._gram is not None and self._gram.support is not None and k:
             product = ws("head.product", *d_s.shape)
-            self._dots(self._gram.support, d_s.unsqueeze(1), product)
+            dots(p, ws, self._gram.support, d_s.unsqueeze(1), product)
             p(self._d_a.sub_, product)
             if self._gram.d_support is not None:
                 p(self._gram.d_support.addcmul_, d_s.unsqueeze(2), self._a[k - 1].unsqueeze(1), value=-1)
-        if z is None:
-            return None
-        d_z = ws("head.d_z", *z.shape)
-        if layer.adapts_weight:
-            # d_s ⊗ vₖ - α e ⊗ d_v as one product of inner width 2.
-            columns, rows = ws("head.columns", *d_s.shape, 2), ws("head.rows", self._tasks, 2, self._hidden)
-            p(columns[..., 0].copy_, d_s)
-            p(columns[..., 1].zero_)
-            p(columns[..., 1].add_, e, alpha=-Rate(k, layer.weight_name))
-            p(torch.cat, [self._v[k], self._d_v], 1, out=rows)
-            p(torch.bmm, columns, rows, out=d_z)
-        else:
-            p(torch.mul, d_s.unsqueeze(2), self._v[k], out=d_z)
-        p(self._d_v.baddbmm_, d_s.unsqueeze(1), z)
-        if d_g is not None:
-            p(self._d_v.baddbmm_, e.unsqueeze(1), d_g)
-        return d_z
+        e = self._e[k]
+        z, r = (None if vector is None else vector.reverse_forward(k, d_s, e) for vector in self._vectors)
+        return z, r
 
     def finish(self, found: Gradients, d_x_s: Tensor | None, d_x_q: Tensor | None, fresh: bool) -> None:
         """Add up the shared parameters' adjoints, and add the inputs', less the Gram matrix's part.
@@ -239,11 +225,10 @@ class Head:
         Args:
             fresh: The inputs' adjoints hold nothing yet.
         """
-        p, layer, into = self._p, self._layer, found.of[self._layer.weight_name]
-        if self._hidden:
-            total = self._ws("head.d_weight", self._hidden)
-            p(torch.sum, self._d_v, (0, 1), out=total)
-            p(into[0, : self._hidden].add_, total)
+        p, layer = self._p, self._layer
+        for vector in self._vectors:
+            if vector is not None:
+                vector.finish(found)
         if layer.bias_name is not None:
             total = self._ws("head.d_bias", 1)
             p(torch.sum, self._d_c, 0, out=total)
@@ -253,6 +238,6 @@ class Head:
                 p(d_x.zero_)
             if d_s is None or x is None:
                 continue
-            p(into[0, self._hidden :].addmv_, x.view(-1, x.shape[2]).t(), d_s.view(-1))
+            p(found.weight(self._fixed)[0].addmv_, flat(x).t(), d_s.view(-1))
             if d_x is not None:
-                p(d_x.addcmul_, d_s.unsqueeze(2), self._u)
+                p(d_x.addcmul_, d_s.unsqueeze(2), self._fixed.weight[0])

@@ -15,10 +15,13 @@ class HiddenLayer:
 
     With S support events and K steps, K S factors cost more than a weight [O, I] soon; but the last step's weight
     would only serve Q query events, and costs more than the two small products with its factors when 2 Q < I, O.
+
+    The columns of the first layer that read adapted rows are such a layer too, without bias; it adds to what the
+    columns of the fixed inputs give.
     """
 
-    def __init__(self, p: Program, ws: Workspace, number: int, layer: Linear, steps: int, queries: int) -> None:
-        self._p, self._ws, self._id, self._layer, self._steps = p, ws, f"hidden{number}", layer, steps
+    def __init__(self, p: Program, ws: Workspace, name: str, layer: Linear, steps: int, queries: int) -> None:
+        self._p, self._ws, self._id, self._layer, self._steps = p, ws, name, layer, steps
         self._weight, self._bias = layer.weight, layer.bias
         self._out, self._in = layer.weight.shape
         pays = queries * (self._out + self._in) < self._out * self._in
@@ -33,8 +36,14 @@ class HiddenLayer:
     def _buffer(self, name: str, like: Tensor, width: int) -> Tensor:
         return self._ws(f"{self._id}.{name}", like.shape[0], like.shape[1], width)
 
-    def _apply(self, z: Tensor, w: Tensor | None, b: Tensor | None, out: Tensor) -> Tensor:
-        if w is None:
+    def _apply(self, z: Tensor, w: Tensor | None, b: Tensor | None, out: Tensor, onto: bool = False) -> Tensor:
+        if onto:
+            assert b is None
+            if w is None:
+                self._p(accumulate, flat(out), flat(z), self._weight.t())
+            else:
+                self._p(out.baddbmm_, z, w.mT)
+        elif w is None:
             shared = b is None or b.dim() == 1
             linear(self._p, z, self._weight, b if shared else None, out)
             if not shared:
@@ -52,10 +61,11 @@ class HiddenLayer:
             self._p(torch.bmm, delta, w, out=out)
         return out
 
-    def forward(self, k: int, z: Tensor) -> Tensor:
-        """h [T, S, O] before step k."""
+    def forward(self, k: int, z: Tensor, onto: Tensor | None = None) -> Tensor:
+        """h [T, S, O] before step k; added to `onto`, where that is given."""
         self._z.append(z)
-        return self._apply(z, self._w[k], self._b[k], self._buffer(f"h{k}", z, self._out))
+        h = self._buffer(f"h{k}", z, self._out) if onto is None else onto
+        return self._apply(z, self._w[k], self._b[k], h, onto is not None)
 
     def backward(self, k: int, delta: Tensor) -> Tensor:
         """The support loss's gradient at the inputs, δ Wₖ: [T, S, I]."""
@@ -79,14 +89,16 @@ class HiddenLayer:
         self._w.append(w)
         self._b.append(b)
 
-    def before(self, z: Tensor) -> Tensor:
+    def before(self, z: Tensor, onto: Tensor | None = None) -> Tensor:
         """h [T, Q, O] with the shared parameters."""
-        return self._apply(z, None, self._bias, self._buffer("before", z, self._out))
+        h = self._buffer("before", z, self._out) if onto is None else onto
+        return self._apply(z, None, self._bias, h, onto is not None)
 
-    def query(self, z: Tensor) -> Tensor:
+    def query(self, z: Tensor, onto: Tensor | None = None) -> Tensor:
         """h [T, Q, O] after the last step."""
         self._z_q = z
-        h = self._apply(z, self._w[-1], self._b[-1], self._buffer("h_q", z, self._out))
+        h = self._buffer("h_q", z, self._out) if onto is None else onto
+        self._apply(z, self._w[-1], self._b[-1], h, onto is not None)
         if self._factored:
             past, delta = self._z[-1], self._delta[-1]
             self._products = self._buffer("products", z, past.shape[1])
@@ -100,12 +112,13 @@ class HiddenLayer:
         z, w, name = self._z_q, self._w[-1], self._layer.weight_name
         d_z = self._back(d_h, w, self._buffer("d_z_q", z, self._in))
         if w is None:
-            p(accumulate, found.of[name], flat(d_h).t(), flat(z))
+            p(accumulate, found.weight(self._layer), flat(d_h).t(), flat(z))
         else:
             self._d_w = self._ws(f"{self._id}.d_w", len(z), self._out, self._in)
             p(torch.bmm, d_h.mT, z, out=self._d_w)
-        self._d_b = self._ws(f"{self._id}.d_b", len(z), 1, self._out)
-        p(torch.sum, d_h, 1, keepdim=True, out=self._d_b)
+        if self._bias is not None:
+            self._d_b = self._ws(f"{self._id}.d_b", len(z), 1, self._out)
+            p(torch.sum, d_h, 1, keepdim=True, out=self._d_b)
         if self._factored:
             last = self._steps - 1
             past, delta, minus = self._z[-1], self._delta[-1], -Rate(last, name)
@@ -185,16 +198,17 @@ class HiddenLayer:
             if layer.adapts_weight:
                 p(d_z.baddbmm_, delta, self._d_w, alpha=-Rate(k, layer.weight_name))
         if w is None:
-            into = found.of[layer.weight_name]
+            into = found.weight(layer)
             p(accumulate, into, flat(d_h).t(), flat(z))
             p(accumulate, into, flat(delta).t(), flat(self._d_g))
         else:
             assert self._d_w is not None
             p(self._d_w.baddbmm_, d_h.mT, z)
             p(self._d_w.baddbmm_, delta.mT, self._d_g)
-        total = self._ws(f"{self._id}.scratch_sum", len(z), 1, self._out)
-        p(torch.sum, d_h, 1, keepdim=True, out=total)
-        p(self._d_b.add_, total)
+        if self._bias is not None:
+            total = self._ws(f"{self._id}.scratch_sum", len(z), 1, self._out)
+            p(torch.sum, d_h, 1, keepdim=True, out=total)
+            p(self._d_b.add_, total)
         return d_z
 
     def finish(self, found: Gradients) -> None:
@@ -203,7 +217,7 @@ class HiddenLayer:
         if self._d_w is not None:
             total = self._ws(f"{self._id}.d_weight", self._out, self._in)
             self._p(torch.sum, self._d_w, 0, out=total)
-            self._p(found.of[layer.weight_name].add_, total)
+            self._p(found.weight(layer).add_, total)
         if layer.bias_name is not None:
             total = self._ws(f"{self._id}.d_bias", self._out)
             self._p(torch.sum, self._d_b, (0, 1), out=total)

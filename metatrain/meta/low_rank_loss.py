@@ -22,6 +22,7 @@ from metatrain.meta.low_rank_elementwise import LossDerivatives
 from metatrain.meta.low_rank_form import LinearForm
 from metatrain.meta.low_rank_layers import Gradients
 from metatrain.meta.low_rank_program import Window, Workspace
+from metatrain.meta.low_rank_rows import RowFeature
 
 #: Recorded chunks kept: batches come in few shapes where they are bucketed, and each holds some thousand small views.
 PROGRAMS = 64
@@ -31,8 +32,8 @@ PROGRAMS = 64
 class Problem:
     """What the tensors of one call mean.
 
-    The inputs given to `AdaptedLoss` are first_s, first_q and, where the head reads others, skip_s and skip_q; after
-    them come the rates [K, N] and the parameters, named by `names`.
+    The inputs given to `AdaptedLoss` are those of `Buffers.inputs`; after them come the rates [K, N] and the
+    parameters, named by `names`.
     """
 
     form: LinearForm
@@ -44,6 +45,8 @@ class Problem:
     inner: LossDerivatives  # of a support event
     order: int
     inputs: int
+    skips: bool  # whether the head's fixed inputs are others than the first layer's
+    rows: tuple[RowFeature, ...]
     chunk: int
     differentiate: bool  # the gradient mode of the caller
 
@@ -104,7 +107,7 @@ class AdaptedLoss(torch.autograd.Function):
         labels_s, weights_s, labels_q, mask_q = tensors[:4]
         inputs, (rates, *values) = tensors[4 : 4 + problem.inputs], tensors[4 + problem.inputs :]
         needs = [need and problem.differentiate for need in ctx.needs_input_grad[6:]]
-        needs_x = any(needs[: problem.inputs])
+        needs_x = any(needs[: 4 if problem.skips else 2])
         # One transfer for all rates: as Python numbers they go into the products for free.
         steps = [dict(zip(problem.rate_names, row, strict=True)) for row in rates.tolist()]
         tasks = len(labels_s)
@@ -115,7 +118,8 @@ class AdaptedLoss(torch.autograd.Function):
             labels_s.shape[1],
             labels_q.shape[1],
             inputs[0].shape[2],
-            inputs[2].shape[2] if problem.inputs > 2 else 0,
+            inputs[2].shape[2] if problem.skips else 0,
+            problem.rows,
             problem.adapted,
             problem.order,
             len(steps),
@@ -139,7 +143,7 @@ class AdaptedLoss(torch.autograd.Function):
             buffer.copy_(value)
         for gradient in (*found.of.values(), found.rates):
             gradient.zero_()
-        d_inputs = [torch.empty_like(x) for x in inputs] if needs_x else []
+        d_inputs = [torch.empty_like(x) if wanted else None for x, wanted in zip(inputs, sizes.differ, strict=True)]
         scores_before, scores = torch.empty_like(labels_q), torch.empty_like(labels_q)
         for start in range(0, tasks, size):
             part = slice(start, start + size)
@@ -171,7 +175,8 @@ class AdaptedLoss(torch.autograd.Function):
             else:
                 chunk.backward.replay()
             for whole, d_x in zip(d_inputs, buffers.d_inputs, strict=True):
-                whole[part] = d_x[:count]
+                if whole is not None and d_x is not None:
+                    whole[part] = d_x[:count]
         for window in windows:
             window.move(window.buffer)  # or the recording would keep the batch alive
         if chunk is not None and recorded is None:
@@ -181,7 +186,7 @@ class AdaptedLoss(torch.autograd.Function):
         before = mean_over_events(problem.loss(scores_before, labels_q), mask_q)
         if sizes.reverses:
             own = [found.rates.to(rates.dtype, copy=True), *(gradient.clone() for gradient in found.of.values())]
-            ctx.found = [*(d_inputs or [None] * problem.inputs), *own]
+            ctx.found = [*d_inputs, *own]
         ctx.mark_non_differentiable(after, before)
         return after.sum(), after, before
 
@@ -190,7 +195,7 @@ class AdaptedLoss(torch.autograd.Function):
     def backward(ctx: Any, by_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         # Not in place: a graph may be retained and go backward again.
         needs = ctx.needs_input_grad[6:]
-        scaled = [g * by_total if need else None for g, need in zip(ctx.found, needs, strict=True)]
+        scaled = [g * by_total if need and g is not None else None for g, need in zip(ctx.found, needs, strict=True)]
         return None, None, None, None, None, None, *scaled
 
 
@@ -203,12 +208,10 @@ def _buffers(
     ws: Workspace, problem: Problem, sizes: Sizes, values: list[Tensor], rates: Tensor
 ) -> tuple[Buffers, Gradients]:
     tasks, support, query = sizes.tasks, sizes.support, sizes.query
-    shapes = [(tasks, support, sizes.first), (tasks, query, sizes.first)]
-    if sizes.skip:
-        shapes += [(tasks, support, sizes.skip), (tasks, query, sizes.skip)]
+    wanted = enumerate(zip(sizes.shapes, sizes.differ, strict=True))
     buffers = Buffers(
-        [ws(f"in.{i}", *shape) for i, shape in enumerate(shapes)],
-        [ws(f"d_in.{i}", *shape) for i, shape in enumerate(shapes)] if sizes.inputs_differ else [],
+        [ws(f"in.{i}", *shape) for i, shape in enumerate(sizes.shapes)],
+        [ws(f"d_in.{i}", *shape) if differ else None for i, (shape, differ) in wanted],
         ws("in.labels", tasks, support),
         ws("in.weights", tasks, support),
         ws("in.d_scores", tasks, query),

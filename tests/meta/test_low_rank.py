@@ -15,14 +15,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from metatrain.meta.engine import FastWeights
-from metatrain.meta.episode import Episodes, Examples
+from metatrain.meta.engine import Engine, FastWeights, VmapEngine, rows_key
+from metatrain.meta.episode import Episodes, Examples, Slots
 from metatrain.meta.losses import event_loss, mean_over_events
 from metatrain.meta.low_rank import CannotServe, LowRankEngine
 from metatrain.model.learners.mlp import MLP
 
 LOSSES = ("squared", "absolute", "huber", "binary_cross_entropy")
 PATTERNS = ("*", "head.*", "layers.0.*", "layers.1.*", "*.bias", "*.weight", "head.weight", "layers.0.bias")
+#: Adapted features: name → rows of a task, ids of an event at most, width. At level task all events share the slots.
+ROWS = {"item": (3, 1, 2), "genres": (4, 3, 3), "task": (2, 2, 1)}
 
 
 @dataclass
@@ -40,11 +42,13 @@ class Case:
 
     @property
     def steps(self) -> list[dict[str, Tensor]]:
-        return [dict(zip(self.adapted, row.unbind(), strict=True)) for row in self.rates]
+        names = (*self.adapted, *(rows_key(name) for name in self.episodes.rows))
+        return [dict(zip(names, row.unbind(), strict=True)) for row in self.rates]
 
     @property
     def leaves(self) -> list[Tensor]:
-        return [self.episodes.support.x, self.episodes.query.x, self.rates, *self.learner.parameters()]
+        sides = (self.episodes.support.x, self.episodes.query.x)
+        return [*sides, self.rates, *self.learner.parameters(), *self.episodes.rows.values()]
 
 
 def make(
@@ -57,29 +61,43 @@ def make(
     sizes=(5, 4, 3),
     seed=0,
     dtype=torch.float64,
+    rows=(),
+    fixed=6,
 ) -> Case:
-    """Random weights and tasks; the first task has no support event, others ragged support and query."""
+    """Random weights and tasks; the first task has no support event, others ragged support and query.
+
+    `rows` names features of `ROWS` that adapt; `fixed` is the width of the inputs that don't.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    learner = MLP(6, hidden, activation, skip, 0.3).to(dtype)
+    learner = MLP(fixed + sum(ROWS[name][2] for name in rows), hidden, activation, skip, 0.3).to(dtype)
     with torch.no_grad():
         for p in learner.parameters():
             p.copy_(normal(*p.shape) * 0.6)
     adapted = tuple(name for name, _ in learner.named_parameters() if fnmatchcase(name, pattern))
-    rates = (normal(steps, len(adapted)).abs() * 0.1 + 0.02).requires_grad_()
+    rates = (normal(steps, len(adapted) + len(rows)).abs() * 0.1 + 0.02).requires_grad_()
     tasks, support, query = sizes
+    own = {name: normal(tasks, *ROWS[name][::2]).requires_grad_() for name in rows}
+
+    def slots(name: str, events: int) -> Slots:
+        count, most, _ = ROWS[name]
+        shape = (tasks, 1 if name == "task" else events, most)
+        index = torch.randint(0, count, shape, generator=generator)
+        mask = (torch.rand(shape, generator=generator) < 0.8).to(dtype)
+        return Slots(index.expand(-1, events, -1), mask.expand(-1, events, -1))
 
     def examples(events: int) -> Examples:
         labels = (normal(tasks, events) > 0).to(dtype) if loss == "binary_cross_entropy" else normal(tasks, events)
         mask = (normal(tasks, events) > -0.5).to(dtype)
-        return Examples(normal(tasks, events, 6).requires_grad_(), {}, labels, mask)
+        x = normal(tasks, events, fixed).requires_grad_()
+        return Examples(x, {name: slots(name, events) for name in rows}, labels, mask)
 
     s, q = examples(support), examples(query)
     s.mask[:1] = 0
-    return Case(learner, adapted, rates, Episodes(s, q, {}))
+    return Case(learner, adapted, rates, Episodes(s, q, own))
 
 
 def reference(case: Case, loss: str, order: int) -> tuple[Tensor, list[Tensor]]:
@@ -88,19 +106,34 @@ def reference(case: Case, loss: str, order: int) -> tuple[Tensor, list[Tensor]]:
     losses = []
     support, query = case.episodes.support, case.episodes.query
     for t in range(case.episodes.size):
-        weights = {name: case.parameters[name] for name in case.adapted}
-        for rates in case.steps if case.adapted else ():
-            at = weights if order == 2 else {n: w.detach().requires_grad_() for n, w in weights.items()}
-            x = support.x[t] if order == 2 else support.x[t].detach()
-            scores = functional_call(case.learner, at, (x,))
+        adapts = {name: case.parameters[name] for name in case.adapted}
+        adapts |= {rows_key(name): rows[t] for name, rows in case.episodes.rows.items()}
+        for rates in case.steps if adapts else ():
+            at = adapts if order == 2 else {n: w.detach().requires_grad_() for n, w in adapts.items()}
+            scores = scores_of(case, at, support, t, constant=order == 1)
             inner = mean_over_events(of_event(scores, support.labels[t]), support.mask[t])
             found = torch.autograd.grad(
                 inner, list(at.values()), create_graph=order == 2, allow_unused=True, materialize_grads=True
             )
-            weights = {n: w - rates[n] * g for (n, w), g in zip(weights.items(), found, strict=True)}
-        scores = functional_call(case.learner, weights, (query.x[t],))
-        losses.append(mean_over_events(of_event(scores, query.labels[t]), query.mask[t]))
+            adapts = {n: w - rates[n] * g for (n, w), g in zip(adapts.items(), found, strict=True)}
+        losses.append(mean_over_events(of_event(scores_of(case, adapts, query, t), query.labels[t]), query.mask[t]))
     return torch.stack(losses).detach(), gradients(2 * torch.stack(losses).sum(), case)
+
+
+def scores_of(case: Case, adapts: dict[str, Tensor], examples: Examples, t: int, constant: bool = False) -> Tensor:
+    """Scores of one task's events, each event's rows picked and averaged one by one."""
+    inputs = []
+    for event, x in enumerate(examples.x[t]):
+        parts = [x.detach() if constant else x]
+        for name in sorted(case.episodes.rows):
+            rows, (index, mask) = adapts[rows_key(name)], examples.slots[name]
+            used = [rows[i] for i, m in zip(index[t, event], mask[t, event], strict=True) if m]
+            parts.append(torch.stack(used).mean(0) if used else torch.zeros_like(rows[0]))
+        inputs.append(torch.cat(parts))
+    weights = {name: w for name, w in adapts.items() if name in case.adapted}
+    frozen = {n: p.detach() for n, p in case.learner.named_parameters()} if constant else {}
+    x = torch.stack(inputs) if inputs else examples.x[t]
+    return functional_call(case.learner, frozen | weights, (x,))
 
 
 def gradients(total: Tensor, case: Case) -> list[Tensor]:
@@ -118,7 +151,12 @@ def fused(case: Case, loss: str, order: int, chunk: int = 0, engine: LowRankEngi
 def plain(case: Case, loss: str, order: int):
     """Losses and gradients through `adapt` and `predict`."""
     engine = LowRankEngine(case.learner, loss, order)
-    fast = engine.adapt(case.parameters, case.adapted, case.steps, case.episodes.support, {})
+    return adapting(case, engine, loss)
+
+
+def adapting(case: Case, engine: Engine, loss: str):
+    """Losses and gradients through any engine's `adapt` and `predict`."""
+    fast = engine.adapt(case.parameters, case.adapted, case.steps, case.episodes.support, case.episodes.rows)
     query = case.episodes.query
     after = mean_over_events(event_loss(loss)(engine.predict(case.parameters, fast, query), query.labels), query.mask)
     return after.detach(), gradients(2 * after.sum(), case)
@@ -152,6 +190,31 @@ def test_gradients_equal_a_loop_over_tasks(
     expected = reference(case, loss, order)
     assert_same(fused(case, loss, order, chunk), expected)
     assert_same(plain(case, loss, order), expected)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    rows=st.lists(st.sampled_from(tuple(ROWS)), min_size=1, unique=True),
+    hidden=st.sampled_from([(), (5,), (5, 4), (5, 4, 3)]),
+    activation=st.sampled_from(["relu", "tanh"]),
+    skip=st.booleans(),
+    order=st.sampled_from([1, 2]),
+    steps=st.integers(0, 5),
+    pattern=st.sampled_from((*PATTERNS, "")),
+    loss=st.sampled_from(LOSSES),
+    sizes=st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 4)),
+    fixed=st.sampled_from([0, 6]),
+    chunk=st.integers(0, 3),
+    seed=st.integers(0, 1000),
+)
+def test_rows_that_adapt(
+    rows, hidden, activation, skip, order, steps, pattern, loss, sizes, fixed, chunk, seed
+) -> None:
+    case = make(hidden, activation, skip, steps, pattern, loss, sizes, seed, rows=rows, fixed=fixed)
+    expected = reference(case, loss, order)
+    assert_same(fused(case, loss, order, chunk), expected, 1e-10)
+    assert_same(plain(case, loss, order), expected, 1e-10)
+    assert_same(adapting(case, VmapEngine(case.learner, event_loss(loss), order), loss), expected, 1e-10)
 
 
 @pytest.mark.parametrize("queries", [1, 40], ids=["last step as factors", "last step folded"])
@@ -341,12 +404,38 @@ def test_learners_without_the_form_are_refused(learner: nn.Module, reason: str) 
         LowRankEngine(learner, "squared")
 
 
-def test_adapted_rows_are_refused() -> None:
-    case = make()
-    engine = LowRankEngine(case.learner, "squared")
-    rows = {"item": torch.zeros(5, 2, 3)}
-    with pytest.raises(CannotServe, match="rows"):
-        engine.adapt(case.parameters, case.adapted, case.steps, case.episodes.support, rows)
-    episodes = Episodes(case.episodes.support, case.episodes.query, rows)
-    with pytest.raises(CannotServe, match="rows"):
-        engine.query_loss(case.parameters, case.adapted, case.steps, episodes, "squared")
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("pattern", ["*", "head.*", ""])
+def test_padded_slots_events_and_rows_change_nothing(pattern: str, skip: bool) -> None:
+    case = make(rows=("item", "genres"), pattern=pattern, skip=skip)
+    expected = fused(case, "squared", 2)
+
+    def padded(examples: Examples) -> Examples:
+        generator = torch.Generator().manual_seed(3)
+        slots = {}
+        for name, (index, mask) in examples.slots.items():
+            junk = torch.randint(0, ROWS[name][0] + 2, (*index.shape[:2], 5), generator=generator)
+            index = torch.cat([torch.where(mask.bool(), index, junk[..., : index.shape[2]]), junk], -1)
+            slots[name] = Slots(index, torch.cat([mask, torch.zeros_like(junk, dtype=mask.dtype)], -1))
+        return Examples(examples.x, slots, examples.labels, examples.mask)
+
+    rows = {name: torch.cat([rows, torch.full_like(rows[:, :2], 1e3)], 1) for name, rows in case.episodes.rows.items()}
+    own = case.episodes
+    case.episodes = Episodes(padded(own.support), padded(own.query), rows)
+    result = LowRankEngine(case.learner, "squared").query_loss(
+        case.parameters, case.adapted, case.steps, case.episodes, "squared"
+    )
+    case.episodes = own
+    assert_same((result.after, gradients(2 * result.total, case)), expected, 1e-12)
+
+
+def test_rows_in_float32_are_within_its_rounding() -> None:
+    case, exact = (make((64, 64), "tanh", True, 5, sizes=(8, 20, 10), dtype=dtype, rows=tuple(ROWS))
+                   for dtype in (torch.float32, torch.float64))  # fmt: skip
+    with torch.no_grad():
+        for mine, theirs in zip(exact.leaves, case.leaves, strict=True):
+            mine.copy_(theirs * 0.1 if mine is not exact.rates else theirs)
+            theirs.copy_(mine)
+    (_, expected), (_, got) = reference(exact, "squared", 2), fused(case, "squared", 2)
+    a, b = (torch.cat([g.double().flatten() for g in found]) for found in (got, expected))
+    assert (a - b).norm() / b.norm() < 1e-5

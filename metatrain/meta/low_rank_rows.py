@@ -1,0 +1,167 @@
+"""Adapted embedding rows in the low-rank form: a task's rows enter its events pooled, and move by the events' gradients.
+
+With P_s [S, R] the pooling of the support (row e holds the weights of event e's slots, a mean over those in use), an
+event reads r = P rows, and a step takes rowsₖ₊₁ = rowsₖ - βₖ P_sᵀ ρₖ, with ρ the support loss's gradient at r. So
+
+    rₖ = r₀ - (P P_sᵀ) Bₖ        Bₖ = Σⱼ βⱼ ρⱼ
+
+which is the form of the first layer's weights: K = P P_sᵀ, events by events, never changes, and the rows themselves are
+not needed before the end. Reverse: d_ρ = β d_B, d_β = ⟨d_B, ρ⟩, d_B -= Kᵀ d_r, d_r₀ += d_r. Plain autograd takes r₀
+from the rows. Conventions as in `low_rank_layers`; D is the width of all adapted features together.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from metatrain.meta.engine import Tensors, rows_key
+from metatrain.meta.episode import Slots
+from metatrain.meta.low_rank_layers import Gradients
+from metatrain.meta.low_rank_program import Program, Rate, Workspace
+
+
+class RowFeature(NamedTuple):
+    """One adapted feature: the name of its rate, and its embedding width."""
+
+    rate: str
+    width: int
+
+
+class PooledRows(NamedTuple):
+    """Adapted rows as the events see them before the first step."""
+
+    features: tuple[RowFeature, ...]  # in name order, as their columns are
+    support: Tensor  # r₀ [T, S, D], differentiable to the rows
+    query: Tensor  # r₀ [T, Q, D]
+    kernels: list[Tensor]  # of each feature: P_s P_sᵀ [T, S, S], then P_q P_sᵀ [T, Q, S]
+
+
+def pooling(slots: Slots, rows: Tensor) -> Tensor:
+    """P [T, E, R]: what an event reads is P rows, the mean over its slots in use; zero where it has none."""
+    weights = (slots.mask / slots.mask.sum(-1, keepdim=True).clamp(min=1.0)).to(rows.dtype)
+    return rows.new_zeros(*slots.index.shape[:2], rows.shape[1]).scatter_add_(2, slots.index, weights)
+
+
+def pool(rows: Tensors, support: dict[str, Slots], query: dict[str, Slots]) -> PooledRows:
+    """The rows of all features, [T, R, D] each, as the events of both sides read them."""
+    features, of_support, of_query, kernels = [], [], [], []
+    for name in sorted(rows):
+        p_s, p_q = pooling(support[name], rows[name]), pooling(query[name], rows[name])
+        features.append(RowFeature(rows_key(name), rows[name].shape[2]))
+        of_support.append(p_s @ rows[name])
+        of_query.append(p_q @ rows[name])
+        kernels += [p_s @ p_s.mT, p_q @ p_s.mT]
+    return PooledRows(tuple(features), torch.cat(of_support, -1), torch.cat(of_query, -1), kernels)
+
+
+class Rows:
+    """The adapted rows of a chunk's tasks, pooled.
+
+    Args:
+        r_s, r_q: r₀ of support and query.
+        kernels: As `PooledRows` has them.
+    """
+
+    def __init__(
+        self, p: Program, ws: Workspace, features: tuple[RowFeature, ...], r_s: Tensor, r_q: Tensor, kernels: list[Tensor]
+    ) -> None:
+        self._p, self._ws, self._r_s, self._r_q = p, ws, r_s, r_q
+        ends = list(accumulate(feature.width for feature in features))
+        columns = [slice(end - feature.width, end) for feature, end in zip(features, ends, strict=True)]
+        #: Of each feature: its rate's name, its columns in r, and its two kernels.
+        self._features = [
+            (feature.rate, own, of_support, of_query)
+            for feature, own, of_support, of_query in zip(features, columns, kernels[::2], kernels[1::2], strict=True)
+        ]
+        self._b = ws("rows.b", *r_s.shape)
+        self._rho: list[Tensor] = []
+
+    def forward(self, k: int) -> Tensor:
+        """r [T, S, D] before step k."""
+        if k == 0:
+            return self._r_s
+        r = self._ws(f"rows.r{k}", *self._r_s.shape)
+        for _, own, kernel, _ in self._features:
+            self._moved(self._r_s[..., own], kernel, self._b[..., own], r[..., own])
+        return r
+
+    def _moved(self, start: Tensor, kernel: Tensor, b: Tensor, out: Tensor) -> None:
+        self._p(torch.baddbmm, start, kernel, b, alpha=-1, out=out)
+
+    def update(self, k: int, rho: Tensor) -> None:
+        """Take step k, from the support loss's gradient at r."""
+        if k == 0:
+            self._p(self._b.zero_)
+        for rate, own, _, _ in self._features:
+            self._p(self._b[..., own].add_, rho[..., own], alpha=Rate(k, rate))
+        self._rho.append(rho)
+
+    def before(self) -> Tensor:
+        """r [T, Q, D] of the initial rows."""
+        return self._r_q
+
+    def query(self) -> Tensor:
+        """r [T, Q, D] after the last step."""
+        if not self._rho:
+            return self._r_q
+        r = self._ws("rows.r_q", *self._r_q.shape)
+        for _, own, _, kernel in self._features:
+            self._moved(self._r_q[..., own], kernel, self._b[..., own], r[..., own])
+        return r
+
+    def reverse_query(self, p: Program, d_r: Tensor) -> None:
+        """Begin the reverse, from the adjoint of `query`."""
+        self._p = p
+        self._d_r_q, self._d_r_s = d_r, None
+        self._d_rho = self._ws("rows.d_rho", *self._r_s.shape)
+        self._d_b = self._ws("rows.d_b", *self._r_s.shape)
+        if self._rho:
+            p(self._d_b.zero_)
+            for _, own, _, kernel in self._features:
+                p(self._d_b[..., own].baddbmm_, kernel.mT, d_r[..., own], alpha=-1)
+
+    def reverse_rates(self, k: int, found: Gradients) -> None:
+        """Step k's derivative in the rates."""
+        if not found.learned:
+            return
+        # Where all features have one product in common, it is taken once.
+        terms = self._d_rho
+        self._p(torch.mul, self._d_b, self._rho[k], out=terms)
+        for rate, own, _, _ in self._features:
+            self._p(_add_sum, found.rate(k, rate), terms[..., own])
+
+    def reverse_update(self, k: int, found: Gradients) -> Tensor:
+        """The adjoint of ρ at step k, [T, S, D]."""
+        self.reverse_rates(k, found)
+        self._p(self._d_rho.zero_)
+        for rate, own, _, _ in self._features:
+            self._p(self._d_rho[..., own].add_, self._d_b[..., own], alpha=Rate(k, rate))
+        return self._d_rho
+
+    def reverse_forward(self, k: int, d_r: Tensor) -> None:
+        """Take in the adjoint of `forward(k)`."""
+        p = self._p
+        if self._d_r_s is None:
+            self._d_r_s = self._ws("rows.d_r_s", *d_r.shape)
+            p(self._d_r_s.copy_, d_r)
+        else:
+            p(self._d_r_s.add_, d_r)
+        if k:
+            for _, own, kernel, _ in self._features:
+                p(self._d_b[..., own].baddbmm_, kernel.mT, d_r[..., own], alpha=-1)
+
+    def finish(self, d_r_s: Tensor, d_r_q: Tensor) -> None:
+        """Hand over the adjoints of r₀."""
+        self._p(d_r_q.copy_, self._d_r_q)
+        if self._d_r_s is None:
+            self._p(d_r_s.zero_)
+        else:
+            self._p(d_r_s.copy_, self._d_r_s)
+
+
+def _add_sum(into: Tensor, terms: Tensor) -> None:
+    into.add_(terms.sum())
