@@ -8,7 +8,7 @@ Wₖ₊₁ = Wₖ - αₖ δₖᵀ zₖ. So at step k
 
     z Wₖᵀ = z W₀ᵀ - Σⱼ (z zⱼᵀ) αⱼ δⱼ        δ Wₖ = δ W₀ - Σⱼ (δ δⱼᵀ) αⱼ zⱼ
 
-one large product that all tasks share, and small ones of support by support. Three shapes follow from it:
+one large product that all tasks share, and small ones of support by support. What follows from it:
 
 - *The lowest layer that adapts, and a head that sees the inputs.* The inputs never change, so neither do their inner
   products G = x x_sᵀ, and the sum collapses: h = x W₀ᵀ - G A with A = Σ αⱼ δⱼ. Neither work nor memory grows with the
@@ -17,6 +17,10 @@ one large product that all tasks share, and small ones of support by support. Th
   factors cost more than a weight matrix a task of the layers' small widths. They get one, `Wₖ`, from step 1 on; step
   0 shares W₀, and the last step, which would be used by the query alone, stays as factors.
 - *The head.* One vector a task.
+- *Adapted embedding rows.* An event reads r = P rows, the mean over its slots, and rowsₖ₊₁ = rowsₖ - β P_sᵀ ρ with
+  ρ the gradient at r: so r = r₀ - K B with K = P P_sᵀ and B = Σ βⱼ ρⱼ, the first layer's form once more, and K
+  never changes. The inputs are [x, r]. The columns of the first layer that read r are a hidden layer (their inputs
+  change), those of the head a vector a task; both add to what the columns of x give. The gradient at x is never needed.
 
 **Reverse.** Written d_q for the derivative of the query loss in q, from the last step to the first:
 
@@ -25,9 +29,12 @@ one large product that all tasks share, and small ones of support by support. Th
     e = l'(s, y) w              d_s  = d_e l''(s, y) w
     z = f(h), h = z⁻ Wᵀ         d_h += d_z ⊙ f'(h),  d_z⁻ += d_h W,  d_W += d_hᵀ z⁻
     A₊ = A + α δ, h = hₒ - G A  d_δ  = α d_A,  d_A -= Gᵀ d_h,  d_G -= d_h Aᵀ,  d_hₒ += d_h
+    B₊ = B + β ρ, r = r₀ - K B  d_ρ  = β d_B,  d_β = ⟨d_B, ρ⟩,  d_B -= Kᵀ d_r,  d_r₀ += d_r
+    ρ = δ V                     d_δ += d_ρ Vᵀ,  d_V += δᵀ d_ρ
 
-(⁺ the layer above, ⁻ the one below.) d_hₒ gathers over all steps and meets the inputs in one product at the end,
-d_W₀ = d_hₒᵀ x; d_x = d_hₒ W₀ + (d_G + d_Gᵀ) x. In first order the support's part is constant: only d_α is taken.
+(⁺ the layer above, ⁻ the one below; V the columns that read r.) d_hₒ gathers over all steps and meets the inputs in
+one product at the end, d_W₀ = d_hₒᵀ x; d_x = d_hₒ W₀ + (d_G + d_Gᵀ) x. From d_r₀ plain autograd goes on to the rows,
+by Pᵀ. In first order the support's part is constant: only d_α and d_β are taken.
 
 **Memory.** Gradients are taken chunk by chunk in the forward pass, in buffers kept between calls (some megabytes an
 engine and thread): fresh large tensors cost more in page faults than the arithmetic they hold.

@@ -79,7 +79,13 @@ class ChoosingEngine:
         return choose(self._shapes(self._low_rank, adapted, steps, support, query, rows))
 
     def _shapes(
-        self, engine: LowRankEngine, adapted: tuple[str, ...], steps: int, support: Examples, query: Examples, rows: Tensors
+        self,
+        engine: LowRankEngine,
+        adapted: tuple[str, ...],
+        steps: int,
+        support: Examples,
+        query: Examples,
+        rows: Tensors,
     ) -> Shapes:
         widths = engine.widths
         lowest = engine.lowest(adapted, rows)
@@ -101,6 +107,8 @@ class ChoosingEngine:
             support.x.requires_grad,
             support.x.element_size(),
             reads[: lowest + 1] if lowest else (),
+            tuple((rows[name].shape[1], rows[name].shape[2]) for name in sorted(rows)),
+            not rows or any(names.weight in adapted for names in engine.form.hidden),
         )
 
     def _takes_low_rank(self, choice: Choice, level: int) -> bool:

@@ -27,6 +27,8 @@ class Shapes:
         differentiable_inputs: Whether the inputs' gradient is wanted.
         itemsize: Bytes of a number.
         below: Widths from the learner's inputs up through the layers that do not adapt; empty where the first does.
+        rows: Of each feature whose rows adapt: rows of a task, padded, and embedding width. `inputs` is without them.
+        moves: Whether any of the hidden layers' weights adapt: with rows alone, or with rows and a head, they don't.
     """
 
     tasks: int
@@ -40,6 +42,13 @@ class Shapes:
     differentiable_inputs: bool
     itemsize: int = 4
     below: tuple[int, ...] = ()
+    rows: tuple[tuple[int, int], ...] = ()
+    moves: bool = True
+
+    @property
+    def row_width(self) -> int:
+        """Width of all adapted features together."""
+        return sum(width for _, width in self.rows)
 
 
 @dataclass(frozen=True)
@@ -71,13 +80,19 @@ def low_rank_cost(s: Shapes) -> Cost:
         if s.differentiable_inputs:
             shared += 2 * s.inputs * first * events
             batched += 2 * s.inputs * s.support * (2 * s.support + 2 * s.query)
-        batched += 2 * s.inputs * s.support * (events if s.steps > 1 else s.query)  # the Gram matrices
-        kernel = 2 * s.support * first
-        batched += kernel * (s.support * max(s.steps - 1, 0) * back + s.query * 2)
-    for below, width in pairwise(s.hidden):
+        if s.moves or s.skip:
+            batched += 2 * s.inputs * s.support * (events if s.steps > 1 else s.query)  # the Gram matrices
+        if s.moves:
+            kernel = 2 * s.support * first
+            batched += kernel * (s.support * max(s.steps - 1, 0) * back + s.query * 2)
+    # Adapted rows come into the first layer as outputs of a layer before it would.
+    for below, width in pairwise((s.row_width, *s.hidden) if s.rows else s.hidden):
         unit = 2 * below * width * s.support
         ahead = s.query / s.support if s.support else 0.0
         middle = max(s.steps - 1, 0)
+        if not s.moves:
+            shared += s.steps * unit * (2 + (4 if s.order == 2 else 0)) + unit * ahead * 3
+            continue
         shared += unit * (2 + (4 if s.order == 2 else 0))
         batched += middle * unit * 3 + unit * ahead * 2
         if s.order == 2:
@@ -95,18 +110,32 @@ def low_rank_cost(s: Shapes) -> Cost:
     for below, width in pairwise(s.below):
         shared += 2 * below * width * events * 3
     fixed = events * sum(s.below) * s.itemsize * 3
-    calls = 60 + s.steps * (25 + 30 * len(s.hidden)) * (1 if s.order == 2 else 0.6)
+    for rows, width in s.rows:
+        # Pooling and its kernels; then a product with a kernel a step, and its reverse.
+        batched += 2 * rows * events * (2 * width + s.support)
+        batched += 2 * s.support * width * (s.support * max(s.steps - 1, 0) * back + s.query * 2)
+        passes += s.support * width * s.steps * (8 + (12 if s.order == 2 else 0)) + 6 * events * width
+        fixed += events * (rows + s.support + 2 * width) * s.itemsize
+    of_rows = (15 + 12 * len(s.rows)) if s.rows else 0
+    calls = 60 + of_rows + s.steps * (25 + of_rows + 30 * len(s.hidden)) * (1 if s.order == 2 else 0.6)
     return Cost(shared, batched, passes * s.itemsize * 2.5, events * s.inputs * s.itemsize + fixed, calls)
 
 
 def vmap_cost(s: Shapes) -> Cost:
     """Of adapting and predicting by `VmapEngine`, and autograd's backward."""
-    widths = [s.inputs, *s.hidden]
-    layers = [*pairwise(widths), (widths[-1] + s.skip, 1)]
+    widths = [s.inputs + s.row_width, *s.hidden]
+    skip = s.skip + s.row_width if s.skip else 0
+    layers = [*pairwise(widths), (widths[-1] + skip, 1)]
+    shared = 0.0
+    if not s.moves:
+        # Hidden layers whose weights stay: forward and the gradient of their inputs, for all tasks in one product.
+        stay = 2 * sum(i * o for i, o in layers[:-1])
+        shared = stay * (s.steps * s.support * 2 * (3 if s.order == 2 else 1) + 3 * s.query)
+        layers = layers[-1:]
     weights = sum(i * o for i, o in layers)
     forward = 2 * weights * s.support
     # Each step: forward, gradient of weights and of inputs but the first; twice that again in the reverse.
-    lower = 2 * layers[0][0] * layers[0][1] * s.support
+    lower = 0 if s.rows else 2 * layers[0][0] * layers[0][1] * s.support
     step = 3 * forward - lower
     batched = s.steps * step * (3 if s.order == 2 else 1) + 2 * weights * s.query * 3
     # Weights, their gradients and their adjoints a task a step, each a fresh tensor.
@@ -114,13 +143,16 @@ def vmap_cost(s: Shapes) -> Cost:
     # The inputs are read by a vector a task or of a gradient, and written as adjoints: one fresh tensor each a step.
     wide = s.inputs + s.skip
     fresh += s.support * s.steps * wide * s.itemsize * (4 if s.order == 2 and s.differentiable_inputs else 1)
+    for rows, width in s.rows:
+        fresh += s.steps * (s.support + rows) * width * s.itemsize * (6 if s.order == 2 else 3)
     passes = sum(s.hidden) * (s.support * s.steps * (30 if s.order == 2 else 12) + 10 * s.query)
     # Layers that do not adapt are taken anew in every step, for all tasks in one product.
-    shared, events = 0.0, s.support * s.steps + s.query
+    events = s.support * s.steps + s.query
     for below, width in pairwise(s.below):
         shared += 2 * below * width * (3 * events if s.order == 2 else events + 2 * s.query)
         passes += 10 * width * events
-    calls = 100 + s.steps * len(layers) * (60 if s.order == 2 else 25)
+    layers_taken = len(s.hidden) + 1 + 0.5 * len(s.rows)
+    calls = 100 + s.steps * layers_taken * (60 if s.order == 2 else 25)
     return Cost(shared, batched, passes * s.itemsize * 2.5, fresh, calls)
 
 
@@ -140,6 +172,7 @@ def choose(s: Shapes) -> Choice:
     return Choice(
         engine,
         f"{engine}: counted {low * 1e6:.0f} µs a task for low_rank and {full * 1e6:.0f} for vmap, at {s.tasks} tasks "
-        f"of {s.support} support and {s.query} query events, input width {s.inputs}, hidden {list(s.hidden)}, "
+        f"of {s.support} support and {s.query} query events, input width {s.inputs + s.row_width}"
+        f"{f' with {s.row_width} of adapted rows' if s.rows else ''}, hidden {list(s.hidden)}, "
         f"{s.steps} steps, order {s.order}",
     )

@@ -1,4 +1,4 @@
-"""Adapted embedding rows in the low-rank form: a task's rows enter its events pooled, and move by the events' gradients.
+"""Adapted embedding rows in the low-rank form: events read them pooled, and they move by the events' gradients.
 
 With P_s [S, R] the pooling of the support (row e holds the weights of event e's slots, a mean over those in use), an
 event reads r = P rows, and a step takes rowsₖ₊₁ = rowsₖ - βₖ P_sᵀ ρₖ, with ρ the support loss's gradient at r. So
@@ -67,7 +67,13 @@ class Rows:
     """
 
     def __init__(
-        self, p: Program, ws: Workspace, features: tuple[RowFeature, ...], r_s: Tensor, r_q: Tensor, kernels: list[Tensor]
+        self,
+        p: Program,
+        ws: Workspace,
+        features: tuple[RowFeature, ...],
+        r_s: Tensor,
+        r_q: Tensor,
+        kernels: list[Tensor],
     ) -> None:
         self._p, self._ws, self._r_s, self._r_q = p, ws, r_s, r_q
         ends = list(accumulate(feature.width for feature in features))
@@ -86,11 +92,8 @@ class Rows:
             return self._r_s
         r = self._ws(f"rows.r{k}", *self._r_s.shape)
         for _, own, kernel, _ in self._features:
-            self._moved(self._r_s[..., own], kernel, self._b[..., own], r[..., own])
+            self._p(torch.baddbmm, self._r_s[..., own], kernel, self._b[..., own], alpha=-1, out=r[..., own])
         return r
-
-    def _moved(self, start: Tensor, kernel: Tensor, b: Tensor, out: Tensor) -> None:
-        self._p(torch.baddbmm, start, kernel, b, alpha=-1, out=out)
 
     def update(self, k: int, rho: Tensor) -> None:
         """Take step k, from the support loss's gradient at r."""
@@ -110,7 +113,7 @@ class Rows:
             return self._r_q
         r = self._ws("rows.r_q", *self._r_q.shape)
         for _, own, _, kernel in self._features:
-            self._moved(self._r_q[..., own], kernel, self._b[..., own], r[..., own])
+            self._p(torch.baddbmm, self._r_q[..., own], kernel, self._b[..., own], alpha=-1, out=r[..., own])
         return r
 
     def reverse_query(self, p: Program, d_r: Tensor) -> None:
@@ -128,8 +131,7 @@ class Rows:
         """Step k's derivative in the rates."""
         if not found.learned:
             return
-        # Where all features have one product in common, it is taken once.
-        terms = self._d_rho
+        terms = self._d_rho  # free until the adjoint of ρ is written there
         self._p(torch.mul, self._d_b, self._rho[k], out=terms)
         for rate, own, _, _ in self._features:
             self._p(_add_sum, found.rate(k, rate), terms[..., own])

@@ -93,13 +93,11 @@ def grid() -> list[Setting]:
                             (("*",), ("head.*",), ("layers.1.*", "head.bias"))[turn % 3], decay=0.01 * (turn % 2),
                         )
                     )  # fmt: skip
-    # Where no rows adapt, both engines serve.
-    both = [replace(s, engine=engine) for s in found if not s.rows for engine in ("low_rank", "vmap")]
     return [
-        *(s for s in found if s.rows),
-        *both,
+        *(replace(s, engine=engine) for s in found for engine in ("low_rank", "vmap")),
         Setting(2, True, True, 0, steps=0),
-        Setting(2, True, True, 0, steps=4, least_support=2),
+        Setting(2, True, True, 0, steps=4, least_support=2, engine="low_rank"),
+        Setting(2, True, True, 0, steps=4, least_support=2, engine="vmap"),
         Setting(2, False, True, 0, rates="none", decay=0.1),
     ]
 
@@ -206,6 +204,7 @@ def test_distributed_meta_gradient_equals_reference(by_ranks: list[list[dict[str
         adapt=st.sampled_from([("*",), ("head.*",), ("layers.0.weight",)]),
         steps=st.integers(0, 3),
         decay=st.sampled_from([0.0, 0.1]),
+        engine=st.sampled_from(["low_rank", "vmap"]),
     ),
     tasks=st.integers(1, 5),
     seed=st.integers(0, 999),

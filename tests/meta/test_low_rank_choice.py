@@ -83,9 +83,25 @@ def test_layers_that_do_not_adapt_count() -> None:
     head = {"support": 64, "query": 32, "inputs": 96, "hidden": (), "differentiable_inputs": True, "below": (64, 32)}
     assert vmap_cost(shapes(**head)).seconds(64) > 2 * low_rank_cost(shapes(**head)).seconds(64)
     engine, *_, episodes = engine_and_batch()
-    found = engine._shapes(engine._low_rank, ("head.weight",), 3, episodes.support, episodes.query)
+    found = engine._shapes(engine._low_rank, ("head.weight",), 3, episodes.support, episodes.query, {})
     assert (found.inputs, found.hidden, found.skip, found.below) == (4 + 6, (), 0, (6, 5, 4))
-    assert engine._shapes(engine._low_rank, ("layers.0.bias",), 3, episodes.support, episodes.query).below == ()
+    assert engine._shapes(engine._low_rank, ("layers.0.bias",), 3, episodes.support, episodes.query, {}).below == ()
+
+
+def test_rows_that_adapt_count() -> None:
+    rows = ((30, 32), (4, 16))
+    low, full = low_rank_cost, vmap_cost
+    for cost in (low, full):
+        assert cost(shapes(rows=rows)).seconds(64) > cost(shapes()).seconds(64)
+        assert cost(shapes(rows=rows, moves=False)).seconds(64) < cost(shapes(rows=rows)).seconds(64)
+    choice = choose(shapes(rows=rows, inputs=64, skip=64))
+    assert choice.engine == "low_rank"
+    assert "width 112 with 48 of adapted rows" in choice.reason
+    engine, *_, episodes = engine_and_batch()
+    own = {"item": torch.zeros(3, 7, 2)}
+    found = engine._shapes(engine._low_rank, ("head.weight",), 3, episodes.support, episodes.query, own)
+    assert (found.inputs, found.hidden, found.skip, found.rows, found.moves) == (6, (5, 4), 6, ((7, 2),), False)
+    assert engine._shapes(engine._low_rank, ("layers.1.weight",), 3, episodes.support, episodes.query, own).moves
 
 
 def test_low_rank_gains_with_the_width() -> None:
