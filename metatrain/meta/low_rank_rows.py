@@ -97,10 +97,11 @@ class Rows:
 
     def update(self, k: int, rho: Tensor) -> None:
         """Take step k, from the support loss's gradient at r."""
-        if k == 0:
-            self._p(self._b.zero_)
         for rate, own, _, _ in self._features:
-            self._p(self._b[..., own].add_, rho[..., own], alpha=Rate(k, rate))
+            if k:
+                self._p(self._b[..., own].add_, rho[..., own], alpha=Rate(k, rate))
+            else:
+                self._p(torch.mul, rho[..., own], other=Rate(k, rate), out=self._b[..., own])
         self._rho.append(rho)
 
     def before(self) -> Tensor:
@@ -139,9 +140,8 @@ class Rows:
     def reverse_update(self, k: int, found: Gradients) -> Tensor:
         """The adjoint of ρ at step k, [T, S, D]."""
         self.reverse_rates(k, found)
-        self._p(self._d_rho.zero_)
         for rate, own, _, _ in self._features:
-            self._p(self._d_rho[..., own].add_, self._d_b[..., own], alpha=Rate(k, rate))
+            self._p(torch.mul, self._d_b[..., own], other=Rate(k, rate), out=self._d_rho[..., own])
         return self._d_rho
 
     def reverse_forward(self, k: int, d_r: Tensor) -> None:
