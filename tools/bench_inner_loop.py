@@ -7,8 +7,10 @@ PyPI and are optional: those that cannot be imported are named and left out. To 
 
     pip install --no-deps --target /tmp/peers higher torchopt parallel-metalearn optree graphviz
 
-Each engine's gradient is compared with a float64 loop over single tasks. Runs are interleaved: every round runs every
-engine once, so that a busy machine slows all alike; medians over the rounds are shown. `share_of_ceiling` is the time
+Each engine's gradient is compared with a float64 loop over single tasks. Runs are interleaved: in every round every
+engine runs once untimed, for what the one before left in the caches is not its own, then once timed, so that a busy
+machine slows all alike; medians over the rounds are shown. `*` marks the engine of ours that the cost model picks.
+`share_of_ceiling` is the time
 that the products of the low-rank form need at the rates measured for such products alone, in the same rounds, divided
 by the engine's time.
 """
@@ -39,7 +41,7 @@ from metatrain.meta.engine import VmapEngine
 from metatrain.meta.episode import Episodes, Examples
 from metatrain.meta.losses import event_loss, mean_over_events
 from metatrain.meta.low_rank import LowRankEngine
-from metatrain.meta.low_rank_cost import Cost, Shapes, low_rank_cost
+from metatrain.meta.low_rank_cost import Cost, Shapes, choose, low_rank_cost
 from metatrain.meta.low_rank_products import multiply
 from metatrain.model.learners.mlp import MLP
 
@@ -57,6 +59,7 @@ class Case:
     engines: dict[str, tuple[Callable[[int], object], int]]  # name → (run on the first n tasks, n at a time)
     learner: nn.Module
     cost: Cost
+    chosen: str
     ceilings: dict[str, tuple[Callable[[], object], float]]
 
 
@@ -141,8 +144,9 @@ def make_case(width: int, steps: int, support: int, tasks: int, peers: dict[str,
     }
     for name, peer in peers.items():
         engines[name] = (peer.build(learner, data, steps, RATE), alone if peer.one_at_a_time else batch)
-    cost = low_rank_cost(Shapes(tasks, support, QUERY, width, HIDDEN, 0, steps, 2, False))
-    return Case(width, steps, support, engines, learner, cost, _ceilings(width, support))
+    shapes = Shapes(tasks, support, QUERY, width, HIDDEN, 0, steps, 2, False)
+    cost, chosen = low_rank_cost(shapes), choose(shapes).engine
+    return Case(width, steps, support, engines, learner, cost, chosen, _ceilings(width, support))
 
 
 def _ceilings(width: int, support: int) -> dict[str, tuple[Callable[[], object], float]]:
@@ -179,13 +183,14 @@ def measure(case: Case, rounds: int, threads: int) -> list[dict[str, object]]:
     expected = gradient(exact, autograd_loop(exact, as_double, case.steps), few)
     errors = {n: float((gradient(case.learner, r, few) - expected).norm()) for n, (r, _) in case.engines.items()}
     seconds: dict[str, list[float]] = {name: [] for name in (*case.engines, *case.ceilings)}
-    for round_number in range(rounds + 1):
+    for _ in range(rounds):
         for name, (run, tasks) in case.engines.items():
-            case.learner.zero_grad(set_to_none=True)
-            start = time.perf_counter()
-            run(tasks)
-            if round_number:
-                seconds[name].append((time.perf_counter() - start) / tasks)
+            for timed in (False, True):
+                case.learner.zero_grad(set_to_none=True)
+                start = time.perf_counter()
+                run(tasks)
+                if timed:
+                    seconds[name].append((time.perf_counter() - start) / tasks)
         for name, (run, operations) in case.ceilings.items():
             for _ in range(5):
                 start = time.perf_counter()
@@ -196,6 +201,7 @@ def measure(case: Case, rounds: int, threads: int) -> list[dict[str, object]]:
     return [
         {
             "engine": name,
+            "chosen": name == case.chosen,
             "width": case.width,
             "steps": case.steps,
             "support": case.support,
@@ -244,9 +250,10 @@ def main() -> None:
         rows += found
         own = found[0]["tasks_per_second"]
         for row in found:
+            name = f"{row['engine']}{' *' * bool(row['chosen'])}"
             times = float(own) / float(row["tasks_per_second"])  # type: ignore[arg-type]
             print(
-                f"{width:>5} {steps:>5} {support:>7}  {row['engine']:<18} {row['tasks_per_second']:>9.0f} "
+                f"{width:>5} {steps:>5} {support:>7}  {name:<18} {row['tasks_per_second']:>9.0f} "
                 f"{times:>10.1f}x {row['gradient_error']:>8.0e} {row['share_of_ceiling']:>7.0%}",
                 flush=True,
             )
