@@ -138,15 +138,18 @@ def read_text(url: str) -> str:
     return read_bytes(url).decode("utf-8")
 
 
-def write_atomic(url: str, data: bytes | str) -> None:
+def write_atomic(url: str, data: bytes | str | memoryview, durable: bool = True) -> None:
     """Publishes a file whole: readers see the old one or the new one, never a part.
 
     On a disk: a temporary file beside it, flushed, then renamed. On an object store a put is atomic already.
+
+    Args:
+        durable: Whether it must outlive a crash of the machine. Where it need not, no time goes into flushing.
     """
     content = data.encode("utf-8") if isinstance(data, str) else data
     fs, path = filesystem(url)
     if not is_local(url):
-        retried(lambda: fs.pipe_file(path, content))
+        retried(lambda: fs.pipe_file(path, bytes(content)))
         return
 
     def publish() -> None:
@@ -155,8 +158,9 @@ def write_atomic(url: str, data: bytes | str) -> None:
         try:
             with open(temporary, "wb") as file:
                 file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
             os.replace(temporary, path)
         finally:
             if os.path.exists(temporary):

@@ -1,18 +1,19 @@
 """From a raw log to a task dataset, out of core: memory grows with the number of items, never with that of users.
 
-Three passes over partitions of users: shuffle and stage; count (statistics of training users alone); encode and
-write. The manifest comes last, so a preparation that is killed leaves no dataset, and the next one clears its rest.
+Three passes: read the log piece by piece and stage its rows by partition of users; group each partition and count
+(statistics of training users alone); encode and write. The manifest comes last, so a preparation that is killed leaves
+no dataset, and the next one clears its rest.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from pydantic import ValidationError
 
 from metatrain import storage
@@ -20,28 +21,24 @@ from metatrain.config import PrepareConfig
 from metatrain.data import manifest as manifests
 from metatrain.data.manifest import Manifest, Shard, Split
 from metatrain.data.prepare_encode import encode, stored_feature, vocabularies
+from metatrain.data.prepare_group import group
+from metatrain.data.prepare_items import ItemIndex, SameFingerprintError, SeenItems, item_fingerprints, raw_catalogue
 from metatrain.data.prepare_output import origin_of, output_folder, ready_dataset
-from metatrain.data.prepare_ray import mapped, partitioned, quiet_ray, shared
-from metatrain.data.prepare_rows import Reading, RowKind, group, read_rows
-from metatrain.data.prepare_shards import (
-    STAGING,
-    Counts,
-    Encoding,
-    ItemIndex,
-    Staged,
-    count,
-    parquet_bytes,
-    write_shards,
-)
+from metatrain.data.prepare_pieces import STAGING, Partitioning, Piece
+from metatrain.data.prepare_ray import Workers, workers
+from metatrain.data.prepare_rows import Reading, RowKind
+from metatrain.data.prepare_shards import Counts, Encoding, Staged, Totals, count, parquet_bytes, write_shards
 from metatrain.data.prepare_splits import Thresholds, check_splits, new_items, split_file_chunks, time_thresholds
 from metatrain.data.schema import ITEM_FEATURE, Feature, Kind, LabelKind, Level, Schema
-from metatrain.data.sources import RawLog, raw_type, read_source
+from metatrain.data.sources import RawLog, read_source
 from metatrain.errors import ConfigError, SourceError
 
-#: A log of so many events is one partition: shuffling would only start more processes, which takes longer.
+#: A log of so many events is prepared here before Ray has started.
+_FEW_EVENTS = 8_000_000
+#: A log of so many events is one partition, so that it has one file a split.
 _ONE_PARTITION_EVENTS = 2_000_000
 #: Events in a partition of a larger log: bounds what one task holds in memory.
-_PARTITION_EVENTS = 500_000
+_PARTITION_EVENTS = 1_000_000
 _MOST_PARTITIONS = 4096
 #: The training split is cut into about this many row groups, so that an epoch's order is random enough.
 _ROW_GROUPS = 128
@@ -86,8 +83,9 @@ def prepare(
         log.info("The dataset at %s is of this configuration and these files already: nothing to do.", url)
         return ready
     storage.make_folder(url)  # what cannot be written fails before Ray starts
-    with quiet_ray(progress, address), output_folder(url) as folder:
-        return _prepare(config, folder, raw, origin)
+    few = raw.events_estimate <= _FEW_EVENTS
+    with workers(progress, address, small=few) as pool, output_folder(url) as folder:
+        return _prepare(pool, config, folder, raw, origin)
 
 
 def summary(manifest: Manifest) -> str:
@@ -106,45 +104,33 @@ def summary(manifest: Manifest) -> str:
     return "\n".join(lines)
 
 
-def _prepare(config: PrepareConfig, url: str, raw: RawLog, origin: dict[str, Any]) -> Manifest:
-    features = raw.features
-    skipped = {"bad rows": raw.bad_rows} if raw.bad_rows else {}
-    staged = _stage(config, url, raw, skipped)
-    catalogue, first = _catalogue(raw, config, staged)
-    keys: pa.Array = catalogue["key"].combine_chunks()
-    new = new_items(keys, first, catalogue, config.item_split)
-    thresholds: Thresholds | None = None
-    if config.user_split.by == "time":
-        thresholds = time_thresholds(lambda: (s.first_times() for s in staged), config.user_split)
-
-    index = shared(ItemIndex(keys, new))
-    counts = Counts(training_events=np.zeros(len(keys), np.int64))
-    # Merged in the partitions' order: sums of floating-point numbers depend on it.
-    for _, part in sorted(
-        mapped(staged, lambda s: (s.number, count(s, index(), config, features, thresholds))), key=lambda p: p[0]
-    ):
-        counts.merge(part)
-    if counts.left_out:
-        skipped["users that the given split does not name"] = counts.left_out
-    if not counts.training_events.any():
+def _prepare(pool: Workers, config: PrepareConfig, url: str, raw: RawLog, origin: dict[str, Any]) -> Manifest:
+    skipped: dict[str, int] = {}
+    log_ = _stage(pool, config, url, raw)
+    _count(skipped, "bad rows", raw.bad_rows + sum(piece.bad for piece in log_.pieces))
+    catalogue, keys = log_.catalogue, log_.catalogue["key"].combine_chunks()
+    new = new_items(keys, log_.first, catalogue, config.item_split)
+    staged, totals, thresholds = _group(pool, log_, ItemIndex(log_.fingerprints, new), skipped)
+    _count(skipped, "users that the given split does not name", totals.left_out)
+    if not totals.training_events.any():
         raise SourceError(
             "No training user has an event on an existing item.",
             where=raw.name,
-            got=_tasks_text(counts.tasks),
+            got=_tasks_text(totals.tasks),
             remedy="Check prepare.user_split, prepare.item_split and prepare.min_events.",
         )
 
-    schema, vocabulary = _schema(config, raw, catalogue, counts)
-    group_tasks = config.row_group_tasks or _row_group_tasks(counts.tasks[Split.TRAIN])
-    encoding = shared(Encoding(schema, vocabulary, group_tasks))
+    schema, vocabulary = _schema(config, raw, catalogue, totals)
+    group_tasks = config.row_group_tasks or _row_group_tasks(totals.tasks[Split.TRAIN])
+    encoding = pool.share(Encoding(schema, vocabulary, group_tasks))
     shards: list[Shard] = []
-    for written in mapped(staged, lambda s: write_shards(s, index(), config, thresholds, encoding())):
+    for written in pool.map("writing", staged, lambda s: write_shards(s, config, thresholds, encoding())):
         shards += written
     checksums = {
         table: _write_table(url, f"vocabularies/{table}.parquet", pa.table({"value": values}))
         for table, values in vocabulary.items()
     }
-    checksum = _write_table(url, "catalogue.parquet", _encoded_catalogue(catalogue, new, counts, schema, vocabulary))
+    checksum = _write_table(url, "catalogue.parquet", _encoded_catalogue(catalogue, new, totals, schema, vocabulary))
     storage.remove(storage.join(url, STAGING))
     result = Manifest(
         version=manifests.VERSION,
@@ -153,7 +139,7 @@ def _prepare(config: PrepareConfig, url: str, raw: RawLog, origin: dict[str, Any
         shards=tuple(sorted(shards, key=lambda s: s.path)),
         items=len(keys),
         new_items=int(new.sum()),
-        tasks=counts.tasks,
+        tasks=totals.tasks,
         events={split: sum(s.events for s in shards if s.split is split) for split in Split},
         skipped=skipped,
         catalogue_sha256=checksum,
@@ -165,75 +151,91 @@ def _prepare(config: PrepareConfig, url: str, raw: RawLog, origin: dict[str, Any
     return result
 
 
-def _stage(config: PrepareConfig, url: str, raw: RawLog, skipped: dict[str, int]) -> list[Staged]:
+@dataclass(frozen=True)
+class _Log:
+    """A log that is staged by partition, and its items."""
+
+    cut: Partitioning
+    pieces: list[Piece]
+    catalogue: pa.Table
+    first: np.ndarray  # by catalogue row: int64
+    fingerprints: pa.Array
+
+
+def _stage(pool: Workers, config: PrepareConfig, url: str, raw: RawLog) -> _Log:
     readings = [Reading(c, RowKind.EVENT, i) for i, c in enumerate(raw.events)]
     readings += [Reading(c, RowKind.TASK, i) for i, c in enumerate(raw.tasks or ())]
     if config.user_split.file:
         readings += [Reading(c, RowKind.GIVEN, i) for i, c in enumerate(split_file_chunks(config.user_split.file))]
-    partitions = config.shards or _partitions(raw.events_estimate)
-    features = raw.features
-    staged: list[Staged] = []
-    for part in partitioned(
-        len(readings),
-        lambda i: read_rows(readings[i], config, features, partitions),
-        partitions,
-        lambda number, rows: Staged.write(url, number, group(rows, config, features)),
-    ):
+    salt = 0
+    while True:
+        cut = Partitioning(url, config, raw.features, config.shards or _partitions(raw.events_estimate), salt)
+        pieces, seen = [], SeenItems()
+        try:
+            for piece in pool.map("reading", readings, cut.stage):
+                pieces.append(piece)
+                for name in piece.items:
+                    seen.add(cut.items(name))
+            catalogue, first = raw_catalogue(raw, config, seen)
+            marks = item_fingerprints(catalogue["key"].combine_chunks(), salt)
+        except SameFingerprintError:
+            salt += 1  # about once in a hundred million logs of a million items
+            storage.remove(storage.join(url, STAGING))
+            continue
+        return _Log(cut, pieces, catalogue, first, marks)
+
+
+def _group(
+    pool: Workers, log_: _Log, index: ItemIndex, skipped: dict[str, int]
+) -> tuple[list[Staged], Totals, Thresholds | None]:
+    """Groups and counts every partition. What is left out goes into `skipped`."""
+    cut, pieces, shared_index = log_.cut, pool.share(log_.pieces), pool.share(index)
+    config, features = cut.config, cut.features
+    by_time = config.user_split.by == "time"
+
+    def grouped(number: int) -> tuple[Staged, Counts | None]:
+        found = group(cut.gather(number, pieces()), shared_index(), config, features)
+        staged = Staged.write(cut.url, number, found)
+        # By time, a user's split is known when all users' first times are.
+        return staged, None if by_time else count(found.tasks, found.events, shared_index().new, config, features, None)
+
+    totals, staged, thresholds = Totals(len(index.new)), [], None
+    for part, counts in pool.map("grouping", range(cut.partitions), grouped):
         staged.append(part)
         for reason, n in part.skipped.items():
-            skipped[reason] = skipped.get(reason, 0) + n
+            _count(skipped, reason, n)
+        if counts is not None:
+            totals.add(part.number, counts)
     staged.sort(key=lambda s: s.number)
     if not sum(s.tasks for s in staged):
         raise SourceError(
             "The log is empty: no user has enough events.",
-            where=config.path or raw.name,
+            where=config.path or config.source,
             got=", ".join(f"{n} {reason}" for reason, n in skipped.items()) or "no events",
             remedy="Check `prepare.path`, or lower prepare.min_events.",
         )
-    return staged
+    if by_time:
+        thresholds = time_thresholds(lambda: (s.first_times() for s in staged), config.user_split)
 
+        def counted(s: Staged) -> tuple[int, Counts]:
+            tasks, events = s.table("tasks"), s.table("events")
+            return s.number, count(tasks, events, shared_index().new, config, features, thresholds)
 
-def _catalogue(raw: RawLog, config: PrepareConfig, staged: list[Staged]) -> tuple[pa.Table, np.ndarray]:
-    """All items, raw: those of the item table in its order, then others that the log knows; and their first times."""
-    seen = None
-    for part in staged:
-        found = part.table("items")
-        both = found if seen is None else pa.concat_tables([seen, found])
-        seen = both.group_by("item").aggregate([("first", "min")]).rename_columns(["item", "first"])
-    assert seen is not None
-    fields = {"key": pa.string(), "title": pa.string()}
-    fields |= {f.name: raw_type(f) for f in raw.features if f.level == "item"}
-    tables = [rows.table for chunk in raw.items or () for rows in chunk.read()]
-    extra = config.item_split.column
-    if extra and extra not in fields and tables and extra in tables[0].column_names:
-        fields[extra] = tables[0].schema.field(extra).type
-    schema = pa.schema(list(fields.items()))
-    known = pa.concat_tables([t.select(schema.names).cast(schema) for t in tables]) if tables else schema.empty_table()
-    keys = known["key"].combine_chunks()
-    if len(pc.unique(keys)) != len(keys):
-        counts = pc.value_counts(keys)
-        twice = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")[0].as_py()
-        raise SourceError(
-            "An item has two rows.", where=config.items or raw.name, got=twice, remedy="Keep one row an item."
-        )
-    others = seen["item"].filter(pc.invert(pc.is_in(seen["item"], value_set=keys)))
-    others = others.take(pc.sort_indices(others)).combine_chunks()
-    rest = pa.table([others if f.name == "key" else pa.nulls(len(others), f.type) for f in schema], schema=schema)
-    catalogue = pa.concat_tables([known, rest]).combine_chunks()
-    row = pc.index_in(catalogue["key"], value_set=seen["item"].combine_chunks())
-    never = np.iinfo(np.int64).max
-    return catalogue, pc.fill_null(seen["first"].take(row), never).to_numpy()
+        for number, counts in pool.map("counting", staged, counted):
+            totals.add(number, counts)
+    return staged, totals, thresholds
 
 
 def _schema(
-    config: PrepareConfig, raw: RawLog, catalogue: pa.Table, counts: Counts
+    config: PrepareConfig, raw: RawLog, catalogue: pa.Table, totals: Totals
 ) -> tuple[Schema, dict[str, pa.Array]]:
-    trained = pa.array(counts.training_events > 0)
+    trained = pa.array(totals.training_events > 0)
+    statistics, labels = totals.statistics()
     for f in raw.features:
         if f.level == "item":
-            counts.statistics.add(f, catalogue[f.name].filter(trained))
+            statistics.add(f, catalogue[f.name].filter(trained))
     items = catalogue["key"].filter(trained).combine_chunks()
-    vocabulary = vocabularies(raw.features, counts.statistics, items)
+    vocabulary = vocabularies(raw.features, statistics, items)
     own = Feature(
         name=ITEM_FEATURE,
         level=Level.ITEM,
@@ -242,10 +244,9 @@ def _schema(
         rows=len(items) + 1,
         width=config.item_width,
     )
-    labels = counts.labels
     try:
         schema = Schema(
-            features=(own, *(stored_feature(f, counts.statistics, vocabulary) for f in raw.features)),
+            features=(own, *(stored_feature(f, statistics, vocabulary) for f in raw.features)),
             label=LabelKind(config.label),
             label_mean=labels.mean,
             label_deviation=labels.deviation,
@@ -261,23 +262,28 @@ def _schema(
 
 
 def _encoded_catalogue(
-    catalogue: pa.Table, new: np.ndarray, counts: Counts, schema: Schema, vocabulary: dict[str, pa.Array]
+    catalogue: pa.Table, new: np.ndarray, totals: Totals, schema: Schema, vocabulary: dict[str, pa.Array]
 ) -> pa.Table:
     columns = {"key": catalogue["key"], "title": catalogue["title"], "new": pa.array(new)}
     for f in schema.of(Level.ITEM):
         raw = catalogue["key"] if f.name == ITEM_FEATURE else catalogue[f.name]
         columns[f"item:{f.name}"] = encode(f, raw, vocabulary.get(str(f.table)))
-    return pa.table(columns | {"training_events": pa.array(counts.training_events)})
+    return pa.table(columns | {"training_events": pa.array(totals.training_events)})
 
 
 def _write_table(url: str, path: str, table: pa.Table) -> str:
     data = parquet_bytes(table)
-    storage.write_atomic(storage.join(url, path), data)
+    storage.write_atomic(storage.join(url, path), memoryview(data))
     return hashlib.sha256(data).hexdigest()
 
 
 def _partitions(events: int) -> int:
     return 1 if events <= _ONE_PARTITION_EVENTS else min(-(-events // _PARTITION_EVENTS), _MOST_PARTITIONS)
+
+
+def _count(skipped: dict[str, int], reason: str, number: int) -> None:
+    if number:
+        skipped[reason] = skipped.get(reason, 0) + number
 
 
 def _row_group_tasks(tasks: int) -> int:

@@ -16,7 +16,7 @@ from metatrain import __version__, storage
 from metatrain.config import PrepareConfig
 from metatrain.data import manifest as manifests
 from metatrain.data.manifest import Manifest, read_manifest
-from metatrain.data.prepare_shards import STAGING
+from metatrain.data.prepare_pieces import STAGING
 from metatrain.data.prepare_splits import split_files
 from metatrain.data.sources import RawLog
 from metatrain.data.sources.files import fingerprints

@@ -1,75 +1,126 @@
-"""Ray Data as preparation uses it: quiet, on whatever Ray is there, and with errors as they were raised.
+"""Where preparation works: in plain Ray tasks, on whatever Ray is there, or in this very process. Errors come out bare.
 
-Every pass is a Ray Data pipeline whose rows are numbers of pieces of work, so Ray bounds how many run at a time.
+Nothing large passes through the object store: tasks meet in staged files, and give back what they counted.
 """
 
 from __future__ import annotations
 
 import logging
-import pickle
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
-import pyarrow as pa
-import pyarrow.compute as pc
 import ray
-from ray.data import DataContext
-from ray.data.context import ShuffleStrategy
 from ray.exceptions import RayError
+from tqdm import tqdm
 
 from metatrain.errors import MetatrainError
 
 Work = TypeVar("Work")
-#: Rows that a task gives back carry their value pickled, in one binary column.
-_VALUE = "value"
+Result = TypeVar("Result")
+#: Tasks that are handed to Ray at a time, and for each of its CPUs: enough to make a cluster grow.
+_WINDOW, _WINDOW_PER_CPU = 64, 4
+
+
+class Workers(Protocol):
+    """Where pieces of work are done."""
+
+    def map(self, what: str, work: Sequence[Work], call: Callable[[Work], Result]) -> Iterator[Result]:
+        """`call` of each piece of work; results come in no order. `what` names it for the progress bar.
+
+        Raises:
+            MetatrainError: As a call raised it.
+        """
+        ...
+
+    def share(self, value: Work) -> Callable[[], Work]:
+        """A large value that calls take by calling what this returns."""
+        ...
+
+
+class Here:
+    """This process, one piece after the other: for logs that are done before Ray has started."""
+
+    def map(self, what: str, work: Sequence[Work], call: Callable[[Work], Result]) -> Iterator[Result]:
+        """As `Workers.map`."""
+        return map(call, work)
+
+    def share(self, value: Work) -> Callable[[], Work]:
+        """As `Workers.share`."""
+        return lambda: value
+
+
+class RayTasks:
+    """Tasks of the Ray session that is there."""
+
+    def __init__(self, bars: bool) -> None:
+        self._bars = bars
+
+    def map(self, what: str, work: Sequence[Work], call: Callable[[Work], Result]) -> Iterator[Result]:
+        """As `Workers.map`. A task whose worker or node dies is run again."""
+        shared, left = ray.put(call), iter(work)
+        window = max(_WINDOW, int(_WINDOW_PER_CPU * ray.cluster_resources().get("CPU", 1)))
+        running: list[ray.ObjectRef] = []
+        with tqdm(total=len(work), desc=what, disable=not self._bars, dynamic_ncols=True) as bar:
+            try:
+                while True:
+                    while len(running) < window and (piece := next(left, self)) is not self:
+                        running.append(_called.remote(shared, piece))
+                    if not running:
+                        return
+                    done, running = ray.wait(running)
+                    result = ray.get(done[0])
+                    if isinstance(result, MetatrainError):
+                        raise result
+                    bar.update()
+                    yield result
+            finally:
+                for task in running:
+                    ray.cancel(task)
+
+    def share(self, value: Work) -> Callable[[], Work]:
+        """As `Workers.share`: put into the object store once."""
+        reference = ray.put(value)
+        return lambda: ray.get(reference)
+
+
+@ray.remote(max_retries=3)
+def _called(call: Callable[[Any], Any], piece: Any) -> Any:
+    try:
+        return call(piece)
+    except MetatrainError as error:
+        return error  # as a value, since Ray's wrapping would print and rename it
 
 
 @contextmanager
-def quiet_ray(progress: bool, address: str | None = None) -> Iterator[None]:
-    """A Ray session for the block: the one this process has, the cluster at `address`, or a local one of its own.
+def workers(progress: bool, address: str | None = None, small: bool = False) -> Iterator[Workers]:
+    """Where to work for the block: this process's Ray session, the cluster at `address`, or a local Ray of its own.
 
-    What was started or joined here is left when the block ends. Errors come out bare.
+    What was started or joined here is left when the block ends.
+
+    Args:
+        progress: Whether to show bars, on a terminal.
+        address: Of a Ray cluster, where this process has no Ray yet.
+        small: Whether the work takes less time than starting Ray: without a session or an address, none is started.
     """
     started = not ray.is_initialized()
+    if started and address is None and small:
+        yield Here()
+        return
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if started and address:
         ray.init(address=address, **quiet)
     elif started:
         # Without an address Ray would join whatever cluster $RAY_ADDRESS, or another user of this machine, names.
         ray.init(address="local", include_dashboard=False, **quiet)
-    context = DataContext.get_current()
-    saved = {name: getattr(context, name) for name in _SETTINGS}
-    bars = progress and sys.stderr.isatty()
-    wished = dict(_SETTINGS) | {"enable_progress_bars": bars}
-    loggers = {name: logging.getLogger(name) for name in ("ray.data", "ray.data._internal")}
-    levels = {name: logger.level for name, logger in loggers.items()}
     try:
-        for name, value in wished.items():
-            setattr(context, name, value)
-        for logger in loggers.values():
-            # A failing task's traceback belongs to the error that we raise, not to the terminal as well.
-            logger.setLevel(logging.CRITICAL)
-        yield
+        yield RayTasks(progress and sys.stderr.isatty())
     except RayError as error:
         raise unwrapped(error) from None
     finally:
-        for name, value in saved.items():
-            setattr(context, name, value)
-        for name, logger in loggers.items():
-            logger.setLevel(levels[name])
         if started:
             ray.shutdown()
-
-
-_SETTINGS: dict[str, Any] = {
-    "enable_progress_bars": False,
-    "enable_operator_progress_bars": False,
-    "print_on_execution_start": False,
-    # Partitions go through the object store, which spills to disk; the older shuffle holds them in actors' memory.
-    "shuffle_strategy": ShuffleStrategy.SHUFFLE_V2,
-}
 
 
 def unwrapped(error: BaseException) -> BaseException:
@@ -84,72 +135,3 @@ def unwrapped(error: BaseException) -> BaseException:
             seen.add(id(current))
             queue += [current.__cause__, current.__context__, getattr(current, "cause", None)]
     return error
-
-
-def partitioned(
-    count: int, read: Callable[[int], Iterator[pa.Table]], partitions: int, finish: Callable[[int, pa.Table], Any]
-) -> Iterator[Any]:
-    """Reads pieces 0 … count - 1 in parallel, shuffles rows by `partition`, and finishes each partition.
-
-    Args:
-        read: Gives a piece's rows, with an int32 column `partition`.
-        finish: Is given a partition's number and all of its rows; what it returns is yielded.
-    """
-
-    def read_batch(batch: pa.Table) -> Iterator[pa.Table]:
-        for number in batch["id"].to_pylist():
-            yield from read(number)
-
-    def finish_block(block: pa.Table) -> Iterator[pa.Table]:
-        # Ray hashes the column once more, so two partitions may meet in a block, but none is ever in two.
-        for number in sorted(block["partition"].unique().to_pylist()):
-            rows = block.filter(pc.equal(block["partition"], number))
-            yield _packed(finish, number, rows)
-
-    if partitions == 1:
-        # A log of one partition needs no shuffle, which would only start more processes.
-        yield from mapped(
-            [0], lambda number: finish(number, pa.concat_tables(t for i in range(count) for t in read(i)))
-        )
-        return
-    pieces = ray.data.range(count, override_num_blocks=count).map_batches(
-        read_batch, batch_size=1, batch_format="pyarrow"
-    )
-    shuffled = pieces.repartition(partitions, keys=["partition"])
-    yield from _values(
-        shuffled.map_batches(finish_block, batch_size=None, batch_format="pyarrow", zero_copy_batch=True)
-    )
-
-
-def mapped(work: Sequence[Work], call: Callable[[Work], Any]) -> Iterator[Any]:
-    """`call` of each piece of work, in parallel; results come in no order."""
-    everything = list(work)
-
-    def call_batch(batch: pa.Table) -> pa.Table:
-        return pa.concat_tables(_packed(call, everything[number]) for number in batch["id"].to_pylist())
-
-    pieces = ray.data.range(len(everything), override_num_blocks=len(everything))
-    yield from _values(pieces.map_batches(call_batch, batch_size=1, batch_format="pyarrow"))
-
-
-def shared(value: Work) -> Callable[[], Work]:
-    """A large value put into the object store once; workers take it from there by calling what this returns."""
-    reference = ray.put(value)
-    return lambda: ray.get(reference)
-
-
-def _packed(call: Callable[..., Any], *arguments: Any) -> pa.Table:
-    try:
-        value = call(*arguments)
-    except MetatrainError as error:
-        value = error  # as a value, since Ray's wrapping of a mapped function's exception loses its cause
-    return pa.table({_VALUE: pa.array([pickle.dumps(value)], type=pa.large_binary())})
-
-
-def _values(dataset: ray.data.Dataset) -> Iterator[Any]:
-    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
-        for packed in batch[_VALUE]:
-            value = pickle.loads(packed.as_py())
-            if isinstance(value, MetatrainError):
-                raise value
-            yield value

@@ -21,9 +21,12 @@ import ray
 from metatrain.config import FeatureSource, ItemSplit, PrepareConfig, Synthetic, UserSplit
 from metatrain.data.dataset import TaskDataset
 from metatrain.data.manifest import Manifest, Split
-from metatrain.data.prepare import prepare, summary
+from metatrain.data.prepare import _prepare, prepare, summary
+from metatrain.data.prepare_output import origin_of
+from metatrain.data.prepare_ray import Here, RayTasks
 from metatrain.data.schema import Level
 from metatrain.data.shards import verify_shards
+from metatrain.data.sources import read_source
 from metatrain.errors import ConfigError, DatasetError, SourceError
 
 pytestmark = [pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(300)]
@@ -312,9 +315,9 @@ def test_a_change_in_any_table_makes_another_dataset(tmp_path: Path, role: str):
 
 def test_preparing_joins_no_cluster_that_it_was_not_told_to():
     code = """
-from metatrain.data.prepare_ray import quiet_ray
+from metatrain.data.prepare_ray import workers
 import ray
-with quiet_ray(progress=False):
+with workers(progress=False):
     print(ray.get_runtime_context().gcs_address)
 """
     # Nobody listens there: joining would fail.
@@ -370,3 +373,32 @@ def test_a_synthetic_dataset_is_the_same_whatever_its_shards(tmp_path: Path):
     assert manifests[0].facts["bayes_rmse"] == 0.5
     assert json.loads(manifests[0].model_dump_json())["prepared_with"]["config"]["synthetic"]["users"] == 200
     assert {f.level for f in manifests[0].schema_.features} == {Level.ITEM, Level.TASK}
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_this_process_makes_the_same_dataset_as_ray_tasks(tmp_path: Path, shards: int):
+    urls = [tmp_path / "here", tmp_path / "ray"]
+    config = Log(tmp_path / "log").config(shards=shards)
+    raw = read_source(config)
+    manifests = [
+        _prepare(pool, config, str(url), raw, origin_of(config, raw))
+        for pool, url in zip((Here(), RayTasks(bars=False)), urls, strict=True)
+    ]
+    assert manifests[0] == manifests[1]
+    assert files(urls[0]) == files(urls[1]) == files_of(manifests[0])
+    for name in files_of(manifests[0]):
+        assert (urls[0] / name).read_bytes() == (urls[1] / name).read_bytes()
+
+
+def test_a_small_log_starts_no_ray(tmp_path: Path):
+    code = f"""
+from metatrain.config import PrepareConfig, Synthetic
+from metatrain.data.prepare import prepare
+import ray
+ray.init = None
+manifest = prepare(PrepareConfig(source="synthetic", synthetic=Synthetic(users=50)), {str(tmp_path / "out")!r})
+print(sum(manifest.tasks.values()), ray.is_initialized())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout == "50 False\n"

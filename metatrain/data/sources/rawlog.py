@@ -45,6 +45,18 @@ class TableChunk:
 
 
 @dataclass(frozen=True)
+class Several:
+    """Small chunks that one task reads one after the other."""
+
+    chunks: tuple[Chunk, ...]
+
+    def read(self) -> Iterator[Rows]:
+        """Yields the rows of each."""
+        for chunk in self.chunks:
+            yield from chunk.read()
+
+
+@dataclass(frozen=True)
 class RawLog:
     """A raw log, opened but not read."""
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from metatrain.config import FeatureSource, PrepareConfig, Synthetic
 from metatrain.data.hashing import normal, unit
 from metatrain.data.randomness import hashed
 from metatrain.data.sources.features import chosen_features
-from metatrain.data.sources.rawlog import RawLog, Rows, TableChunk
+from metatrain.data.sources.rawlog import RawLog, Rows, Several, TableChunk
 
 _CENTRE = 3.5
 _SEGMENTS, _CATEGORIES, _TAGS = 8, 12, 20
@@ -34,6 +35,7 @@ _YEAR_SECONDS = 365 * 86_400
 _MEAN_GAP_SECONDS = 3_600
 _CANDIDATES = 3  # items looked at for each that is taken: how strongly popular items are preferred
 _BAYES_USERS = 2_000
+_CHUNK_EVENTS = 1 << 20  # that one task makes
 
 
 class _Draw(IntEnum):
@@ -86,6 +88,7 @@ def read_synthetic(config: PrepareConfig) -> RawLog:
     s = config.synthetic
     starts = range(0, s.users, s.users_per_shard)
     spans = [(start, min(start + s.users_per_shard, s.users)) for start in starts]
+    together = max(_CHUNK_EVENTS // (s.users_per_shard * s.events_per_user), 1)
     width = config.feature_width
     features = (
         FeatureSource(name="segment", level="task", kind="categorical", width=width),
@@ -96,13 +99,17 @@ def read_synthetic(config: PrepareConfig) -> RawLog:
     )
     return RawLog(
         name="synthetic",
-        events=[UsersChunk(s, *span, "events") for span in spans],
+        events=_several([UsersChunk(s, *span, "events") for span in spans], together),
         events_estimate=s.users * s.events_per_user,
-        tasks=[UsersChunk(s, *span, "users") for span in spans],
+        tasks=_several([UsersChunk(s, *span, "users") for span in spans], together),
         items=[TableChunk(_items(s))],
         features=chosen_features(features, config),
         facts=bayes_errors(s),
     )
+
+
+def _several(chunks: list[UsersChunk], together: int) -> list[Several]:
+    return [Several(tuple(chunks[i : i + together])) for i in range(0, len(chunks), together)]
 
 
 def draw_events(s: Synthetic, users: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -116,12 +123,10 @@ def draw_events(s: Synthetic, users: np.ndarray) -> tuple[np.ndarray, np.ndarray
     place = np.arange(candidates.sum()) - np.repeat(np.cumsum(candidates) - candidates, candidates)
     item = _shuffled(s, user, place)
     # Of a user's candidates popular ones come first: thinning makes popularity uneven, and items stay distinct.
-    taken = unit(hashed(s.seed, _Draw.TAKE, user, item)) < _popularity(s, item)
-    order = np.lexsort((place, ~taken, user))
-    nth = place  # candidates of one user are behind one another, so the n-th place of the sorted ones too
-    chosen = order[nth < np.repeat(counts, candidates)]
-    user, item = user[chosen], item[chosen]
-    expected = _expected_rating(s, user, item)
+    taken = unit(hashed(s.seed, _Draw.TAKE, user, item)) < _known_items(s).popularity[item]
+    chosen = _taken_first(taken, place, candidates, counts)
+    user, item = np.repeat(users, counts), item[chosen]
+    expected = _expected_rating(s, users, item, counts)
     nth = np.arange(len(user)) - np.repeat(np.cumsum(counts) - counts, counts)
     gaps = 1 + (-_MEAN_GAP_SECONDS * np.log1p(-unit(hashed(s.seed, _Draw.GAP, user, nth)))).astype(np.int64)
     start = _EPOCH_START + (unit(hashed(s.seed, _Draw.START, users)) * _YEAR_SECONDS).astype(np.int64)
@@ -170,19 +175,40 @@ def _shuffled(s: Synthetic, user: np.ndarray, place: np.ndarray) -> np.ndarray:
     """The item at a place of the user's own permutation of all items: a Feistel network, walked into range."""
     half = max((max(s.items - 1, 1).bit_length() + 1) // 2, 1)
     mask = (1 << half) - 1
-    item, outside = place.copy(), np.ones(len(place), dtype=bool)
-    while outside.any():
-        left, right = item[outside] >> half, item[outside] & mask
-        for level in range(4):
-            word = hashed(s.seed, _Draw.ORDER, level, user[outside], right) & np.uint64(mask)
-            left, right = right, left ^ word.astype(np.int64)
-        item[outside] = (left << half) | right
-        outside[outside] = item[outside] >= s.items
+    item = _round(s, user, place, half, mask)
+    outside = np.flatnonzero(item >= s.items)
+    while len(outside):
+        walked = _round(s, user[outside], item[outside], half, mask)
+        item[outside] = walked
+        outside = outside[walked >= s.items]
     return item
+
+
+def _round(s: Synthetic, user: np.ndarray, item: np.ndarray, half: int, mask: int) -> np.ndarray:
+    left, right = item >> half, item & mask
+    for level in range(4):
+        word = hashed(s.seed, _Draw.ORDER, level, user, right) & np.uint64(mask)
+        left, right = right, left ^ word.astype(np.int64)
+    return (left << half) | right
 
 
 def _popularity(s: Synthetic, item: np.ndarray) -> np.ndarray:
     return 0.02 + 0.98 * unit(hashed(s.seed, _Draw.POPULARITY, item)) ** 4
+
+
+def _taken_first(taken: np.ndarray, place: np.ndarray, candidates: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Of each user's candidates, which lie behind one another, the first `counts`: those taken, then others."""
+    ends = np.cumsum(candidates)
+    first = ends - candidates
+    so_far = np.cumsum(taken)
+    before = np.repeat(so_far[first] - taken[first], candidates)
+    of_user = np.repeat(so_far[ends - 1], candidates) - before
+    nth = np.where(taken, so_far - before - 1, place - (so_far - before) + of_user)
+    stays = np.flatnonzero(nth < np.repeat(counts, candidates))
+    chosen = np.empty(len(stays), np.int64)
+    start = np.cumsum(counts) - counts
+    chosen[np.repeat(start, candidates)[stays] + nth[stays]] = stays
+    return chosen
 
 
 def _segment(s: Synthetic, users: np.ndarray) -> np.ndarray:
@@ -197,16 +223,39 @@ def _item_bias(s: Synthetic, items: np.ndarray) -> np.ndarray:
     return 0.4 * normal(hashed(s.seed, _Draw.ITEM_BIAS, items))
 
 
-def _expected_rating(s: Synthetic, user: np.ndarray, item: np.ndarray) -> np.ndarray:
-    product = np.zeros(len(user))
+def _expected_rating(s: Synthetic, users: np.ndarray, item: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Of users [n] with the items of each behind one another: [events]."""
+    known = _known_items(s)
+    product = np.zeros(len(item))
     for d in range(s.rank):
-        taste = 0.6 * normal(hashed(s.seed, _Draw.SEGMENT_TASTE, d, _segment(s, user)))
-        taste += 0.8 * normal(hashed(s.seed, _Draw.TASTE, d, user))
-        factor = 0.6 * normal(hashed(s.seed, _Draw.CATEGORY_FACTOR, d, _category(s, item)))
-        factor += 0.8 * normal(hashed(s.seed, _Draw.FACTOR, d, item))
-        product += taste * factor
-    bias = 0.4 * normal(hashed(s.seed, _Draw.USER_BIAS, user)) + _item_bias(s, item)
+        taste = 0.6 * normal(hashed(s.seed, _Draw.SEGMENT_TASTE, d, _segment(s, users)))
+        taste += 0.8 * normal(hashed(s.seed, _Draw.TASTE, d, users))
+        product += np.repeat(taste, counts) * known.factors[d][item]
+    bias = np.repeat(0.4 * normal(hashed(s.seed, _Draw.USER_BIAS, users)), counts) + known.bias[item]
     return _CENTRE + bias + product / math.sqrt(s.rank)
+
+
+@dataclass(frozen=True)
+class _KnownItems:
+    """What is drawn for an item alone, drawn once."""
+
+    popularity: np.ndarray
+    bias: np.ndarray
+    factors: list[np.ndarray]
+
+
+def _known_items(s: Synthetic) -> _KnownItems:
+    return _drawn_items(s.seed, s.rank, s.items)
+
+
+@lru_cache(maxsize=1)
+def _drawn_items(seed: int, rank: int, number: int) -> _KnownItems:
+    s, items = Synthetic(seed=seed, rank=rank, items=number), np.arange(number)
+    factors = []
+    for d in range(s.rank):
+        factor = 0.6 * normal(hashed(s.seed, _Draw.CATEGORY_FACTOR, d, _category(s, items)))
+        factors.append(factor + 0.8 * normal(hashed(s.seed, _Draw.FACTOR, d, items)))
+    return _KnownItems(_popularity(s, items), _item_bias(s, items), factors)
 
 
 def _items(s: Synthetic) -> pa.Table:

@@ -16,7 +16,7 @@ from metatrain.config import FeatureSource
 from metatrain.data.sources.checks import Check, bad_values, parsed, text_of
 from metatrain.data.sources.features import feature_check, feature_column
 from metatrain.data.sources.files import RawFile, table_format
-from metatrain.data.sources.rawlog import Chunk, Rows
+from metatrain.data.sources.rawlog import Chunk, Rows, Several
 from metatrain.data.sources.text import Layout, TextPart, missing_column, parts
 from metatrain.errors import SourceError
 
@@ -217,18 +217,6 @@ def _inferred(values: list) -> pa.Array:
         return pa.array(
             [None if v is None else v if isinstance(v, str) else json.dumps(v) for v in values], type=pa.string()
         )
-
-
-@dataclass(frozen=True)
-class Several:
-    """Small files that one task reads one after the other."""
-
-    chunks: tuple[Chunk, ...]
-
-    def read(self) -> Iterator[Rows]:
-        """Yields the rows of each."""
-        for chunk in self.chunks:
-            yield from chunk.read()
 
 
 def column_names(file: RawFile) -> list[str] | None:
