@@ -42,6 +42,7 @@ engine and thread): fresh large tensors cost more in page faults than the arithm
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -176,7 +177,7 @@ class LowRankEngine:
         )
         return AdaptedLosses(*result)
 
-    def lowest(self, adapted: tuple[str, ...], rows: Tensors) -> int:
+    def lowest(self, adapted: tuple[str, ...], rows: Mapping[str, object]) -> int:
         """Which hidden layer is the lowest whose output adapts; the number of hidden layers where none does."""
         hidden = self.form.hidden
         if rows:

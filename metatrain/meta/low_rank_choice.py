@@ -8,7 +8,7 @@ without training, to debug.
 from __future__ import annotations
 
 import logging
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,39 @@ from metatrain.meta.engine import FastWeights, Tensors, VmapEngine
 from metatrain.meta.episode import Episodes, Examples
 from metatrain.meta.losses import event_loss, mean_over_events
 from metatrain.meta.low_rank import AdaptedLosses, LowRankEngine
-from metatrain.meta.low_rank_cost import Choice, Shapes, choose
+from metatrain.meta.low_rank_cost import (
+    LOW_RANK_OVERHEAD,
+    VMAP_OVERHEAD,
+    Choice,
+    Shapes,
+    choose,
+    low_rank_cost,
+    vmap_cost,
+)
 from metatrain.meta.low_rank_form import CannotServe
 
 _log = logging.getLogger(__name__)
 
 EngineName = Literal["auto", "low_rank", "vmap"]
+
+
+class Sizes(NamedTuple):
+    """What of a batch decides the cost of its inner loop."""
+
+    tasks: int
+    support: int  # events of a task, padded
+    query: int
+    inputs: int  # width of the learner's input but for the adapted features
+    rows: dict[str, tuple[int, int]]  # adapted feature → rows of a task, padded, and embedding width
+    differentiable: bool = True
+    itemsize: int = 4
+
+    @classmethod
+    def of(cls, support: Examples, query: Examples, rows: Tensors) -> Sizes:
+        """Of tasks with such a support, query and initial rows."""
+        x, shapes = support.x, {name: (own.shape[1], own.shape[2]) for name, own in rows.items()}
+        tasks, events, inputs = x.shape
+        return cls(tasks, events, query.labels.shape[1], inputs, shapes, x.requires_grad, x.element_size())
 
 
 class ChoosingEngine:
@@ -51,64 +78,75 @@ class ChoosingEngine:
         chunk: int = 0,
         engine: EngineName = "auto",
     ) -> None:
-        self._asked, self._order, self._huber_delta = engine, order, huber_delta
+        self._learner, self._asked, self._order, self._huber_delta = learner, engine, order, huber_delta
         self._vmap = VmapEngine(learner, event_loss(loss, huber_delta), order, precision)
         self._low_rank: LowRankEngine | None = None
         self._refusal = ""
         self._logged: set[tuple[int, str]] = set()
-        if engine == "vmap":
-            self._refusal = "vmap: it was asked for"
-            return
         try:
-            if precision is not None:
-                raise CannotServe(f"its products would run in {str(precision).removeprefix('torch.')}")
+            # Also where it is not asked for: what a learner is made of tells what vmap costs.
             self._low_rank = LowRankEngine(learner, loss, order, huber_delta, chunk)
         except CannotServe as reason:
+            self._refusal = f"vmap: the low-rank form can't serve: {reason}"
             if engine == "low_rank":
                 raise
-            self._refusal = f"vmap: the low-rank form can't serve: {reason}"
+        if precision is not None:
+            reason = CannotServe(f"its products would run in {str(precision).removeprefix('torch.')}")
+            self._refusal = self._refusal or f"vmap: the low-rank form can't serve: {reason}"
+            if engine == "low_rank":
+                raise reason
+        if engine == "vmap":
+            self._refusal = "vmap: it was asked for"
 
     def choice(self, adapted: tuple[str, ...], steps: int, support: Examples, query: Examples, rows: Tensors) -> Choice:
         """The engine for such a batch, and why."""
-        if self._low_rank is None:
+        if self._refusal or self._low_rank is None:
             return Choice("vmap", self._refusal)
         if self._asked == "low_rank":
             return Choice("low_rank", "low_rank: it was asked for")
         if not steps or not (adapted or rows):
             return Choice("vmap", "vmap: nothing adapts")
-        return choose(self._shapes(self._low_rank, adapted, steps, support, query, rows))
+        return choose(self._shapes(adapted, steps, Sizes.of(support, query, rows)))
 
-    def _shapes(
-        self,
-        engine: LowRankEngine,
-        adapted: tuple[str, ...],
-        steps: int,
-        support: Examples,
-        query: Examples,
-        rows: Tensors,
-    ) -> Shapes:
-        widths = engine.widths
-        lowest = engine.lowest(adapted, rows)
-        inputs = support.x.shape[2]
+    def seconds(self, adapted: tuple[str, ...], steps: int, sizes: Sizes) -> float:
+        """Counted time of a `query_loss` on tasks of such sizes, by the engine that would be chosen."""
+        shapes, together = self._shapes(adapted, steps, sizes), min(sizes.tasks, 64)
+        by_vmap = VMAP_OVERHEAD + sizes.tasks * vmap_cost(shapes).seconds(together)
+        if self._refusal:
+            return by_vmap
+        by_low_rank = LOW_RANK_OVERHEAD + sizes.tasks * low_rank_cost(shapes).seconds(together)
+        return by_low_rank if self._asked == "low_rank" else min(by_low_rank, by_vmap)
+
+    def _shapes(self, adapted: tuple[str, ...], steps: int, sizes: Sizes) -> Shapes:
+        tasks, support, query, inputs, rows, differentiable, itemsize = sizes
+        of_rows = tuple(rows[name] for name in sorted(rows))
+        if self._low_rank is None:
+            # A learner of unknown make: a layer of as many weights.
+            width = -(-sum(p.numel() for p in self._learner.parameters()) // max(inputs, 1))
+            return Shapes(
+                tasks, support, query, inputs, (width,), 0, steps, self._order, differentiable, itemsize, (), of_rows
+            )
+        form, widths = self._low_rank.form, self._low_rank.widths
+        lowest = self._low_rank.lowest(adapted, rows)
         reads = (inputs, *widths)
         wide = reads[lowest]
-        skip = inputs if engine.form.skip else 0
+        skip = inputs if form.skip else 0
         if lowest == len(widths):
             wide, skip = wide + skip, 0
         return Shapes(
-            support.labels.shape[0],
-            support.labels.shape[1],
-            query.labels.shape[1],
+            tasks,
+            support,
+            query,
             wide,
             widths[lowest:],
             skip,
             steps,
             self._order,
-            support.x.requires_grad,
-            support.x.element_size(),
+            differentiable,
+            itemsize,
             reads[: lowest + 1] if lowest else (),
-            tuple((rows[name].shape[1], rows[name].shape[2]) for name in sorted(rows)),
-            not rows or any(names.weight in adapted for names in engine.form.hidden),
+            of_rows,
+            not rows or any(names.weight in adapted for names in form.hidden),
         )
 
     def _takes_low_rank(self, choice: Choice, level: int) -> bool:

@@ -13,6 +13,9 @@ from itertools import pairwise
 #: One core: products of one large matrix, batched small products, memory traffic in cache and in fresh memory, a call.
 SHARED_FLOPS, BATCHED_FLOPS, CACHE_BYTES, FRESH_BYTES, CALL_SECONDS = 6e10, 4.5e10, 2e10, 3e9, 8e-6
 
+#: Seconds that a call costs outside of its chunks: rates gathered, the graph around it, the sums, colder caches.
+LOW_RANK_OVERHEAD, VMAP_OVERHEAD = 1e-3, 4e-3
+
 
 @dataclass(frozen=True)
 class Shapes:
@@ -117,7 +120,8 @@ def low_rank_cost(s: Shapes) -> Cost:
         passes += s.support * width * s.steps * (8 + (12 if s.order == 2 else 0)) + 6 * events * width
         fixed += events * (rows + s.support + 2 * width) * s.itemsize
     of_rows = (15 + 12 * len(s.rows)) if s.rows else 0
-    calls = 60 + of_rows + s.steps * (25 + of_rows + 30 * len(s.hidden)) * (1 if s.order == 2 else 0.6)
+    # Replayed without autograd and dispatch of views, a call takes a third of the time.
+    calls = 0.3 * (60 + of_rows + s.steps * (25 + of_rows + 30 * len(s.hidden)) * (1 if s.order == 2 else 0.6))
     return Cost(shared, batched, passes * s.itemsize * 2.5, events * s.inputs * s.itemsize + fixed, calls)
 
 

@@ -11,17 +11,18 @@ meta-gradient. Symbols: T tasks, E events (padded), R rows of an adapted feature
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from metatrain.meta.buckets import Bucket, cut
 from metatrain.meta.engine import FastWeights, Tensors, rows_key
 from metatrain.meta.episode import Episodes, Examples
 from metatrain.meta.losses import event_loss
-from metatrain.meta.low_rank_choice import ChoosingEngine, EngineName
+from metatrain.meta.low_rank_choice import ChoosingEngine, EngineName, Sizes
 
 
 class QueryLoss(NamedTuple):
@@ -78,6 +79,7 @@ class MAML(nn.Module):
         self._loss = loss
         event_loss(loss)  # an unknown name is refused here
         self._engine = ChoosingEngine(learner, inner_loss or loss, order, huber_delta, precision, chunk, engine)
+        self._seconds: dict[tuple[int, int, int, int], float] = {}  # counted once: see `buckets`
         #: What the columns of `rates` belong to.
         self.rate_names = (*self.adapted, *(rows_key(name) for name in self.adapt_rows))
         rates = torch.full((steps, len(self.rate_names)), float(rate))
@@ -107,6 +109,25 @@ class MAML(nn.Module):
         if self.chunk and self.chunk < episodes.size and not fuses:
             return self._by_chunks(episodes)
         return self._query_loss(self._parameters_and_buffers(), self.rates, episodes)
+
+    def buckets(self, support: Tensor, query: Tensor, inputs: int, row_widths: Mapping[str, int]) -> list[Bucket]:
+        """How to pad tasks for `forward`.
+
+        Args:
+            support, query: Their lengths, int64 [T].
+            inputs: Width of the learner's input but for the adapted features.
+            row_widths: Embedding width of each of those.
+        """
+
+        def seconds(tasks: int, support: int, query: int) -> float:
+            # As if every event used a row of its own: the most there are of features with one value.
+            rows = {name: (support + query, width) for name, width in row_widths.items()}
+            key = (tasks, support, query, inputs)
+            if key not in self._seconds:
+                self._seconds[key] = self._engine.seconds(self.adapted, self.steps, Sizes(*key, rows))
+            return self._seconds[key]
+
+        return cut(support, query, seconds)
 
     def _query_loss(self, parameters: Tensors, rates: Tensor, episodes: Episodes) -> QueryLoss:
         steps = self._step_rates(rates, self.steps)

@@ -4,14 +4,14 @@ An event's input is its task's features, its item's and its own, each group in t
 rows adapt are left out of it and delivered apart, as each task's own rows and the slots that its events use.
 Timestamps are not inputs. Padding is zero.
 
-Symbols: T tasks, N events, U items, E events of a task (padded), M ids of a feature in one event (padded), R rows of
-an adapted feature in a task (padded), D embedding width, n entities of a level: T, U or N.
+Symbols: T tasks, N events, U items, E events of a task (padded), P padded places (see `places`), R rows of an adapted
+feature in a task (padded), D embedding width, n entities of a level: T, U or N.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,24 +22,16 @@ from metatrain.config import ModelConfig
 from metatrain.data.batch import Column, Ragged, TaskBatch
 from metatrain.data.schema import ITEM_FEATURE, Feature, Kind, Level, Schema
 from metatrain.errors import ConfigError
+from metatrain.meta.buckets import Bucket
 from metatrain.meta.episode import Episodes, Examples, Slots
 from metatrain.model import hashing
+from metatrain.model.places import Places, TaskRows, occurrences, picked, places, rows_of_tasks, whole
 from metatrain.model.tables import TableSpec
-
-# Fills the places of `TaskRows.ids` that hold no row. Greater than any id, so that a task's ids stay in order.
-_NO_ROW = torch.iinfo(torch.int64).max
-
-
-class TaskRows(NamedTuple):
-    """One adapted feature's rows of T tasks."""
-
-    rows: Tensor  # [T, R, D]
-    ids: Tensor  # int64 [T, R], ascending, then a filler
 
 
 @dataclass(frozen=True)
 class Assembled:
-    """A batch ready for the meta-learner, and what scoring further items of its tasks needs."""
+    """Tasks of a bucket ready for the meta-learner, and what scoring further items of its tasks needs."""
 
     episodes: Episodes
     task_x: Tensor  # [T, F_task]: the tasks' part of the input
@@ -47,11 +39,12 @@ class Assembled:
     task_slots: dict[str, Slots]  # adapted feature of the task → [T, 1, M]
 
 
-class _Events(NamedTuple):
-    """Where the padded events of one side (support or query) are in the flat columns."""
+class _Adapted(NamedTuple):
+    """One adapted feature in all buckets."""
 
-    index: Tensor  # int64 [T, E] into N; 0 where padded
-    mask: Tensor  # bool [T, E]
+    rows: list[TaskRows]  # one a bucket
+    slots: list[Slots]  # of its support and of its query: two a bucket
+    of_tasks: list[Slots]  # of the task itself, one a bucket; none where the feature is not the task's
 
 
 class Featurizer(nn.Module):
@@ -95,6 +88,16 @@ class Featurizer(nn.Module):
     def width(self) -> int:
         """Width of a base learner's input: fixed inputs, then the adapted features."""
         return sum(map(_width, self.features))
+
+    @property
+    def row_widths(self) -> dict[str, int]:
+        """Embedding width of each adapted feature."""
+        return {name: _width(feature) for name, feature in self.adapted.items()}
+
+    @property
+    def fixed_width(self) -> int:
+        """Width of the fixed inputs alone."""
+        return self.width - sum(self.row_widths.values())
 
     def table_specs(self) -> list[TableSpec]:
         """The tables that the features need."""
@@ -141,93 +144,72 @@ class Featurizer(nn.Module):
                 parts.append(column.to(torch.float32).reshape(n, _width(feature)) * self._numeric_scale)
         return torch.cat(parts, dim=1)
 
-    def assemble(self, batch: TaskBatch, rows: Mapping[str, Tensor], ids: Mapping[str, Tensor]) -> Assembled:
-        """Padded episodes of a batch.
+    def assemble(
+        self,
+        batch: TaskBatch,
+        rows: Mapping[str, Tensor],
+        ids: Mapping[str, Tensor],
+        buckets: Sequence[Bucket] | None = None,
+    ) -> list[Assembled]:
+        """Padded episodes of a batch, one `Assembled` a bucket.
 
         Args:
             batch: Tensors.
             rows: What the tables found for `ids`.
             ids: As given to the tables (after dropout).
+            buckets: Which tasks are padded to which lengths. Default: all of them to the longest, in one.
         """
+        where = places(batch, buckets if buckets is not None else [whole(batch)])
         task_x = self.vectors(Level.TASK, batch.task_features, rows, batch.size)
         # An item's vector is made once, however many events it has.
         item_x = self.vectors(Level.ITEM, batch.item_features, rows, batch.items.shape[0])
         event_x = self.vectors(Level.EVENT, batch.event_features, rows, batch.labels.shape[0])
-        first = (batch.support_lengths + batch.query_lengths).cumsum(0) - batch.support_lengths - batch.query_lengths
-        sides = (_padded(first, batch.support_lengths), _padded(first + batch.support_lengths, batch.query_lengths))
-        own, slots, task_slots = {}, ({}, {}), {}
-        for name, feature in self.adapted.items():
-            own[name], both = self._adapted(feature, batch, rows[name], ids[name], sides)
-            if feature.level is Level.TASK:
-                task_slots[name] = both[0]
-                both = tuple(Slots(*(t.expand(-1, s.mask.shape[1], -1) for t in both[0])) for s in sides)
-            for side, of_side in zip(slots, both, strict=True):
-                side[name] = of_side
-        examples = []
-        for side, of_side in zip(sides, slots, strict=True):
-            items = _picked(batch.event_items[:, None], side.index).squeeze(-1)
-            mask = side.mask.to(torch.float32)
-            x = torch.cat(
-                [
-                    task_x.unsqueeze(1).expand(-1, side.mask.shape[1], -1),
-                    _picked(item_x, items),
-                    _picked(event_x, side.index),
-                ],
-                dim=-1,
-            )
-            labels = _picked(batch.labels[:, None], side.index).squeeze(-1)
-            examples.append(Examples(x * mask.unsqueeze(-1), of_side, labels * mask, mask))
-        support, query = examples
-        return Assembled(
-            Episodes(support, query, {name: r.rows for name, r in own.items()}),
-            task_x,
-            {name: r.ids for name, r in own.items()},
-            task_slots,
-        )
+        items = picked(batch.event_items[:, None], where.event).squeeze(-1)
+        parts = [picked(task_x, where.task), picked(item_x, items), picked(event_x, where.event)]
+        mask = where.mask.to(torch.float32)
+        # All buckets' inputs are gathered at once, and each gets a view: one gradient a table row, not one a bucket.
+        x = where.split(torch.cat(parts, dim=-1) * mask[:, None])
+        labels = where.split(picked(batch.labels[:, None], where.event).squeeze(-1) * mask)
+        masks = where.split(mask)
+        adapted = {n: self._adapted(f, batch, rows[n], ids[n], where) for n, f in self.adapted.items()}
 
-    def _adapted(
-        self, feature: Feature, batch: TaskBatch, rows: Tensor, ids: Tensor, sides: tuple[_Events, _Events]
-    ) -> tuple[TaskRows, tuple[Slots, ...]]:
-        """A feature's rows of each task, and the slots of support and query (of the task itself, at level task)."""
+        def examples(i: int) -> Examples:
+            return Examples(x[i], {name: own.slots[i] for name, own in adapted.items()}, labels[i], masks[i])
+
+        return [
+            Assembled(
+                Episodes(
+                    examples(2 * i), examples(2 * i + 1), {name: own.rows[i].rows for name, own in adapted.items()}
+                ),
+                task_x.index_select(0, bucket.tasks),
+                {name: own.rows[i].ids for name, own in adapted.items()},
+                {name: own.of_tasks[i] for name, own in adapted.items() if own.of_tasks},
+            )
+            for i, bucket in enumerate(where.buckets)
+        ]
+
+    def _adapted(self, feature: Feature, batch: TaskBatch, rows: Tensor, ids: Tensor, where: Places) -> _Adapted:
+        """A feature's rows of each task, and the slots that its events use, bucket by bucket."""
         column = _columns(batch, feature.level)[feature.name]
         lengths = column.lengths if isinstance(column, Ragged) else torch.ones_like(ids)
+        order = torch.cat([bucket.tasks for bucket in where.buckets])
+        counts = [len(bucket.tasks) for bucket in where.buckets]
+        # Tasks are numbered as they lie in the buckets, one bucket behind the other.
+        number = torch.empty_like(order).index_copy(0, order, torch.arange(batch.size, device=order.device))
         if feature.level is Level.TASK:
-            everyone = torch.arange(batch.size, device=ids.device)[:, None]
-            entities, present = everyone, torch.ones_like(everyone, dtype=torch.bool)
+            entities, present, owner = order, torch.ones_like(order, dtype=torch.bool), number[order]
         else:
-            entities = torch.cat([side.index for side in sides], dim=1)
-            present = torch.cat([side.mask for side in sides], dim=1)
+            entities, present, owner = where.event, where.mask, number[where.task]
             if feature.level is Level.ITEM:
-                entities = _picked(batch.event_items[:, None], entities).squeeze(-1)
-        found, used = _occurrences(entities, present, lengths)
-        own, slot = _rows_of_tasks(found, used, rows, ids, int(feature.rows or 0))
-        both = Slots(slot, used.to(torch.float32))
-        if feature.level is Level.TASK:
-            return own, (both,)
-        edge = sides[0].mask.shape[1]
-        return own, (Slots(*(t[:, :edge] for t in both)), Slots(*(t[:, edge:] for t in both)))
-
-
-def candidate_slots(row_ids: Tensor, ids: Tensor, lengths: Tensor) -> Slots:
-    """Slots of C candidates that every task looks at: a task's own row where it has one, else the shared row.
-
-    Args:
-        row_ids: A task's adapted ids, [T, R] (`TaskRows.ids`).
-        ids: The candidates' ids, flat [n].
-        lengths: Ids of each candidate, [C].
-
-    Returns:
-        Slots [T, C, M] into R + n rows: the task's own, then one for each of `ids`.
-    """
-    tasks, own = row_ids.shape
-    everyone = ids.expand(tasks, -1).contiguous()
-    place = torch.searchsorted(row_ids, everyone).clamp(max=own - 1)
-    shared = torch.arange(ids.shape[0], device=ids.device) + own
-    slot_of_id = torch.where(row_ids.gather(1, place) == everyone, place, shared)  # [T, n]
-    candidates = torch.arange(lengths.shape[0], device=ids.device)[None]
-    found, used = _occurrences(candidates, torch.ones_like(candidates, dtype=torch.bool), lengths)
-    index = slot_of_id[:, found[0]] if ids.shape[0] else found.expand(tasks, -1, -1)
-    return Slots(index, used.to(torch.float32).expand(tasks, -1, -1))
+                entities = picked(batch.event_items[:, None], entities).squeeze(-1)
+        found, used = occurrences(entities, present, lengths)
+        own, slots = rows_of_tasks(found, used, owner, counts, rows, ids, int(feature.rows or 0))
+        if feature.level is not Level.TASK:
+            return _Adapted(own, [Slots(*pair) for pair in zip(*map(where.split, slots), strict=True)], [])
+        of_tasks = [Slots(*pair) for pair in zip(*(t.unsqueeze(1).split(counts) for t in slots), strict=True)]
+        events = [length for bucket in where.buckets for length in (bucket.support, bucket.query)]
+        of_events = [Slots(*(t.expand(-1, n, -1) for t in of_tasks[i // 2])) for i, n in enumerate(events)]
+        return _Adapted(own, of_events, of_tasks)
 
 
 def _width(feature: Feature) -> int:
@@ -244,57 +226,12 @@ def _device(columns: Mapping[str, Column]) -> torch.device:
     return tensor.device if isinstance(tensor, Tensor) else torch.device("cpu")
 
 
-def _padded(first: Tensor, lengths: Tensor) -> _Events:
-    """The events first[t] … first[t] + lengths[t] - 1 of each task, padded to the longest (at least one place)."""
-    longest = max(1, int(lengths.max())) if lengths.numel() else 1
-    place = torch.arange(longest, device=lengths.device)
-    mask = place < lengths[:, None]
-    return _Events((first[:, None] + place) * mask, mask)
-
-
-def _picked(values: Tensor, index: Tensor) -> Tensor:
-    """values[index], [n, F] and [T, E] → [T, E, F]; zeros where there is nothing to pick from."""
-    if not values.shape[0]:
-        return values.new_zeros(*index.shape, values.shape[1])
-    return values.index_select(0, index.flatten()).view(*index.shape, values.shape[1])
-
-
 def _means(rows: Tensor, lengths: Tensor) -> Tensor:
     """Means of consecutive rows: [Σ lengths, D] → [n, D], zero where a length is zero."""
     n = lengths.shape[0]
     entity = torch.repeat_interleave(torch.arange(n, device=lengths.device), lengths, output_size=rows.shape[0])
     sums = torch.zeros(n, rows.shape[1], dtype=rows.dtype, device=rows.device).index_add(0, entity, rows)
     return sums / lengths.clamp(min=1).to(rows.dtype)[:, None]
-
-
-def _occurrences(entities: Tensor, present: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions of the entities' ids in the flat ids, [T, E, M], and which of them are in use (bool)."""
-    most = max(1, int(lengths.max())) if lengths.numel() else 1
-    place = torch.arange(most, device=lengths.device)
-    count = _picked(lengths[:, None], entities)
-    used = (place < count) & present.unsqueeze(-1)
-    return (_picked((lengths.cumsum(0) - lengths)[:, None], entities) + place) * used, used
-
-
-def _rows_of_tasks(found: Tensor, used: Tensor, rows: Tensor, ids: Tensor, table_rows: int) -> tuple[TaskRows, Tensor]:
-    """Each task's distinct ids, as rows of its own: `TaskRows`, and the slot of each occurrence, [T, E, M]."""
-    tasks = found.shape[0]
-    task = torch.arange(tasks, device=found.device)[:, None, None].expand_as(found)[used]
-    occurrence = found[used]
-    pairs, which = torch.unique(task * table_rows + ids[occurrence], return_inverse=True)
-    owner = pairs // table_rows
-    counts = torch.bincount(owner, minlength=tasks)
-    slot = torch.arange(pairs.shape[0], device=found.device) - (counts.cumsum(0) - counts)[owner]
-    most = max(1, int(counts.max())) if tasks else 1
-    # Equal ids have equal rows, so any occurrence will do; the first, so that it is always the same.
-    first = torch.full_like(pairs, _NO_ROW).scatter_reduce(0, which, occurrence, "amin")
-    place = owner * most + slot
-    own = torch.zeros(tasks * most, rows.shape[1], dtype=rows.dtype, device=rows.device)
-    own = own.index_copy(0, place, rows.index_select(0, first)).view(tasks, most, -1)
-    own_ids = torch.full((tasks * most,), _NO_ROW, device=found.device).index_copy(0, place, pairs % table_rows)
-    slots = torch.zeros_like(found)
-    slots[used] = slot[which]
-    return TaskRows(own, own_ids.view(tasks, most)), slots
 
 
 def _known(name: str, features: Mapping[str, Feature], where: str) -> Feature:

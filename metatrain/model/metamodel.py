@@ -9,22 +9,25 @@ Symbols: T tasks, Q query events (padded), C candidates.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from metatrain.config import Config
 from metatrain.data.batch import Column, Ragged, TaskBatch
 from metatrain.data.schema import Kind, LabelKind, Level, Schema
 from metatrain.errors import ConfigError
+from metatrain.meta.buckets import Bucket
 from metatrain.meta.engine import FastWeights
 from metatrain.meta.episode import Examples, Slots
 from metatrain.meta.maml import MAML
-from metatrain.model.features import Assembled, Featurizer, candidate_slots
+from metatrain.model.features import Assembled, Featurizer
 from metatrain.model.learners.mlp import MLP
+from metatrain.model.places import candidate_slots
 from metatrain.model.tables import Request, Tables
 from metatrain.observe.laps import Laps
 
@@ -109,10 +112,12 @@ class MetaModel(nn.Module):
         found = self.tables.lookup(request)
         laps.lap("lookup")
         if batch.size:
-            episodes = self.featurizer.assemble(batch, found.features, ids).episodes
+            buckets = self._buckets(batch)
+            assembled = self.featurizer.assemble(batch, found.features, ids, buckets)
             laps.lap("assemble")
-            losses = self.meta(episodes)
-            total, after, before = losses.total, losses.after, losses.before
+            parts = [self.meta(of_bucket.episodes) for of_bucket in assembled]
+            total = torch.stack([part.total for part in parts]).sum()
+            after, before = (_in_order(buckets, [getattr(p, name) for p in parts]) for name in ("after", "before"))
         else:
             # Other ranks wait for this one's gradients, dense ones and rows' alike.
             total = torch.stack(
@@ -134,14 +139,19 @@ class MetaModel(nn.Module):
     @torch.no_grad()
     def adapted_scores(self, batch: TaskBatch) -> Scores:
         """Scores of each task's query before and after adaptation on its support. Query labels are not read."""
-        assembled = self._assembled(batch)
-        episodes = assembled.episodes
         if not batch.size:
-            nothing = episodes.query.labels
-            return Scores(nothing, nothing, episodes.query.mask)
-        before = self._in_chunks(episodes.query, FastWeights({}, episodes.rows), None)
-        after = self._in_chunks(episodes.query, FastWeights({}, episodes.rows), episodes.support)
-        return Scores(before, after, episodes.query.mask)
+            nothing = torch.zeros(0, 1, device=batch.labels.device)
+            return Scores(nothing, nothing, nothing)
+        buckets = self._buckets(batch)
+        longest = max(1, int(batch.query_lengths.max()))
+        parts: list[Scores] = []
+        for assembled in self._assembled(batch, buckets):
+            episodes = assembled.episodes
+            before = self._in_chunks(episodes.query, FastWeights({}, episodes.rows), None)
+            after = self._in_chunks(episodes.query, FastWeights({}, episodes.rows), episodes.support)
+            room = (0, longest - before.shape[1])  # of padding; less than none where lengths were rounded up
+            parts.append(Scores(*(pad(t, room) for t in (before, after, episodes.query.mask))))
+        return Scores(*(_in_order(buckets, of_parts) for of_parts in zip(*parts, strict=True)))
 
     @torch.no_grad()
     def adapt(self, batch: TaskBatch, steps: int | None = None) -> AdaptedTasks:
@@ -151,7 +161,7 @@ class MetaModel(nn.Module):
             batch: Tensors, at least one task.
             steps: Inner steps, fewer than the meta-learner's; 0: the unadapted model.
         """
-        assembled = self._assembled(batch)
+        (assembled,) = self._assembled(batch)
         return AdaptedTasks(self.meta.adapt(assembled.episodes.support, assembled.episodes.rows, steps), assembled)
 
     @torch.no_grad()
@@ -202,9 +212,14 @@ class MetaModel(nn.Module):
             FastWeights(adapted.fast.weights, own), Examples(x, slots, zeros, torch.ones_like(zeros))
         )
 
-    def _assembled(self, batch: TaskBatch) -> Assembled:
+    def _buckets(self, batch: TaskBatch) -> list[Bucket]:
+        return self.meta.buckets(
+            batch.support_lengths, batch.query_lengths, self.featurizer.fixed_width, self.featurizer.row_widths
+        )
+
+    def _assembled(self, batch: TaskBatch, buckets: list[Bucket] | None = None) -> list[Assembled]:
         ids = self.featurizer.ids(batch)
-        return self.featurizer.assemble(batch, self.tables(ids), ids)
+        return self.featurizer.assemble(batch, self.tables(ids), ids, buckets)
 
     def _in_chunks(self, query: Examples, fast: FastWeights, support: Examples | None) -> Tensor:
         """Scores of the query, adapted on the support where one is given, at most `meta.chunk` tasks at a time."""
@@ -217,6 +232,12 @@ class MetaModel(nn.Module):
                 own = self.meta.adapt(support.tasks(start, start + chunk), own.rows)
             parts.append(self.meta.predict(own, query.tasks(start, start + chunk)))
         return torch.cat(parts)
+
+
+def _in_order(buckets: Sequence[Bucket], parts: Sequence[Tensor]) -> Tensor:
+    """What the buckets' tasks have, [T', …] each, in the batch's order: [T, …]."""
+    joined = torch.cat(list(parts))
+    return torch.empty_like(joined).index_copy_(0, torch.cat([bucket.tasks for bucket in buckets]), joined)
 
 
 def build_model(

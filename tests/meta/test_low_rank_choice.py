@@ -11,7 +11,7 @@ from torch import nn
 
 from metatrain.meta.episode import Episodes, Examples
 from metatrain.meta.losses import event_loss
-from metatrain.meta.low_rank_choice import ChoosingEngine
+from metatrain.meta.low_rank_choice import ChoosingEngine, Sizes
 from metatrain.meta.low_rank_cost import Shapes, choose, low_rank_cost, vmap_cost
 from metatrain.meta.low_rank_elementwise import ACTIVATIONS, loss_derivatives
 from metatrain.meta.low_rank_form import CannotServe, LinearForm, LinearNames, describe
@@ -83,9 +83,10 @@ def test_layers_that_do_not_adapt_count() -> None:
     head = {"support": 64, "query": 32, "inputs": 96, "hidden": (), "differentiable_inputs": True, "below": (64, 32)}
     assert vmap_cost(shapes(**head)).seconds(64) > 2 * low_rank_cost(shapes(**head)).seconds(64)
     engine, *_, episodes = engine_and_batch()
-    found = engine._shapes(engine._low_rank, ("head.weight",), 3, episodes.support, episodes.query, {})
+    sizes = Sizes.of(episodes.support, episodes.query, {})
+    found = engine._shapes(("head.weight",), 3, sizes)
     assert (found.inputs, found.hidden, found.skip, found.below) == (4 + 6, (), 0, (6, 5, 4))
-    assert engine._shapes(engine._low_rank, ("layers.0.bias",), 3, episodes.support, episodes.query, {}).below == ()
+    assert engine._shapes(("layers.0.bias",), 3, sizes).below == ()
 
 
 def test_rows_that_adapt_count() -> None:
@@ -98,10 +99,10 @@ def test_rows_that_adapt_count() -> None:
     assert choice.engine == "low_rank"
     assert "width 112 with 48 of adapted rows" in choice.reason
     engine, *_, episodes = engine_and_batch()
-    own = {"item": torch.zeros(3, 7, 2)}
-    found = engine._shapes(engine._low_rank, ("head.weight",), 3, episodes.support, episodes.query, own)
+    sizes = Sizes.of(episodes.support, episodes.query, {"item": torch.zeros(3, 7, 2)})
+    found = engine._shapes(("head.weight",), 3, sizes)
     assert (found.inputs, found.hidden, found.skip, found.rows, found.moves) == (6, (5, 4), 6, ((7, 2),), False)
-    assert engine._shapes(engine._low_rank, ("layers.1.weight",), 3, episodes.support, episodes.query, own).moves
+    assert engine._shapes(("layers.1.weight",), 3, sizes).moves
 
 
 def test_low_rank_gains_with_the_width() -> None:

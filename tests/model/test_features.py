@@ -13,9 +13,14 @@ from metatrain.data import randomness
 from metatrain.data.batch import Ragged, TaskBatch
 from metatrain.data.schema import Feature, Kind, LabelKind, Level, Schema
 from metatrain.errors import ConfigError, DatasetError
+from metatrain.meta import buckets
+from metatrain.meta.episode import Episodes, Examples
+from metatrain.meta.maml import MAML
 from metatrain.model import hashing
-from metatrain.model.features import Featurizer, candidate_slots
+from metatrain.model.features import Featurizer
+from metatrain.model.learners.mlp import MLP
 from metatrain.model.metamodel import MetaModel, build_model
+from metatrain.model.places import candidate_slots
 from metatrain.model.tables import Tables, TableSpec
 
 SCHEMA = Schema(
@@ -61,7 +66,8 @@ def assembled(adapt_rows: tuple[str, ...] = ()):
     ids = featurizer.ids(batch)
     rows = tables(ids)
     weights = {n.split(".")[-2]: w.detach() for n, w in tables.named_parameters()}
-    return featurizer, featurizer.assemble(batch, rows, ids), weights
+    (whole,) = featurizer.assemble(batch, rows, ids)
+    return featurizer, whole, weights
 
 
 def test_inputs_are_task_then_item_then_event_features() -> None:
@@ -102,6 +108,102 @@ def test_adapted_rows_are_each_tasks_distinct_ids() -> None:
     assert slots.mask[0].tolist() == [[1, 1], [0, 0]]
     assert episodes.query.slots["genres"].index[0, 0, 0] == 1
     assert episodes.query.slots["likes"].mask[0].tolist() == [[1, 1], [1, 1]]
+
+
+def tasks_of_all_lengths(tasks: int, seed: int) -> TaskBatch:
+    draw = np.random.default_rng(seed)
+    support, query = draw.integers(0, 30, tasks), draw.integers(1, 8, tasks)
+    events = int((support + query).sum())
+    genres = draw.integers(0, 3, 40)
+    likes = draw.integers(0, 3, tasks)
+    return TaskBatch(
+        tasks=np.arange(tasks),
+        support_lengths=support,
+        query_lengths=query,
+        items=np.arange(40),
+        event_items=draw.integers(0, 40, events),
+        labels=draw.normal(size=events),
+        timestamps=np.zeros(events, np.int64),
+        task_features={"likes": Ragged(draw.integers(0, 6, likes.sum()), likes)},
+        item_features={
+            "item": np.arange(40) % 37,
+            "genres": Ragged(draw.integers(0, 6, genres.sum()), genres),
+            "year": draw.normal(size=40).astype(np.float32),
+        },
+        event_features={"place": draw.normal(size=(events, 2)).astype(np.float32)},
+    ).tensors()
+
+
+@pytest.mark.parametrize("adapt_rows", [(), ("item", "genres", "likes")])
+@pytest.mark.parametrize("engine", ["auto", "vmap"])
+def test_buckets_change_nothing_but_padding(
+    adapt_rows: tuple[str, ...], engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of({"meta": {"adapt_rows": adapt_rows, "steps": 2, "rate": 0.1, "engine": engine}})
+    batch = tasks_of_all_lengths(37, 0)
+    found, shapes = [], []
+    for cuts in ("one", "many"):
+        seconds = (lambda t, s, q: t * (s + q)) if cuts == "many" else (lambda t, s, q: 1.0)
+        monkeypatch.setattr(model.meta, "buckets", lambda s, q, *_, seconds=seconds: buckets.cut(s, q, seconds))
+        shapes.append(len(model.meta.buckets(batch.support_lengths, batch.query_lengths, 0, {})))
+        output = model(batch, 3, float(batch.size))
+        gradients = torch.autograd.grad(output.loss, list(model.parameters()))
+        before, after, mask = model.adapted_scores(batch)
+        found.append((output.loss, output.gains, *gradients, before * mask, after * mask, mask))
+    assert shapes[0] == 1 < 4 < shapes[1]
+    for one, many in zip(*found, strict=True):
+        torch.testing.assert_close(many, one, rtol=1e-5, atol=1e-6 * float(one.detach().abs().max()))
+
+
+def test_buckets_give_the_gradient_in_double_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The tables are of float32; what buckets may change is behind them.
+    found = []
+    for cuts in ("one", "many"):
+        seconds = (lambda t, s, q: t * (s + q)) if cuts == "many" else (lambda t, s, q: 1.0)
+        torch.manual_seed(0)
+        maml = MAML(MLP(5, (4,)), steps=3, rate=0.1, learn_rates=True, engine="auto").double()
+        draw = torch.Generator().manual_seed(1)
+        support, query = (torch.randint(low, 20, (33,), generator=draw) for low in (0, 1))
+        x = [torch.randn(33, 24, 5, dtype=torch.float64, generator=draw, requires_grad=True) for _ in range(2)]
+        y = [torch.randn(33, 24, dtype=torch.float64, generator=draw) for _ in range(2)]
+        total = torch.zeros((), dtype=torch.float64)
+        for bucket in buckets.cut(support, query, seconds):
+            sides = [
+                Examples(
+                    x[i][bucket.tasks, :n],
+                    {},
+                    y[i][bucket.tasks, :n],
+                    (torch.arange(n) < of[bucket.tasks, None]).double(),
+                )
+                for i, (n, of) in enumerate(((bucket.support, support), (bucket.query, query)))
+            ]
+            total = total + maml(Episodes(*sides, {})).total
+        found.append((total, *torch.autograd.grad(total, [*x, *maml.parameters()])))
+    for one, many in zip(*found, strict=True):
+        torch.testing.assert_close(many, one, rtol=1e-12, atol=1e-12 * float(one.detach().abs().max()))
+
+
+def test_results_do_not_depend_on_the_order_of_tasks() -> None:
+    model = model_of({"meta": {"steps": 2, "rate": 0.1}})
+    batch = tasks_of_all_lengths(61, 2)
+    order = torch.randperm(61, generator=torch.Generator().manual_seed(0))
+    lengths = batch.support_lengths + batch.query_lengths
+    events = [e for t, n in zip(lengths.cumsum(0) - lengths, lengths, strict=True) for e in [torch.arange(t, t + n)]]
+    likes = batch.task_features["likes"]
+    values = likes.values.split(likes.lengths.tolist())
+    moved = torch.cat([events[t] for t in order])
+    other = replace(
+        batch,
+        support_lengths=batch.support_lengths[order],
+        query_lengths=batch.query_lengths[order],
+        event_items=batch.event_items[moved],
+        labels=batch.labels[moved],
+        task_features={"likes": Ragged(torch.cat([values[t] for t in order]), likes.lengths[order])},
+        event_features={"place": batch.event_features["place"][moved]},
+    )
+    one, two = model(batch, 0, 61.0), model(other, 0, 61.0)
+    torch.testing.assert_close(two.gains, one.gains[order], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model.adapted_scores(other).after, model.adapted_scores(batch).after[order])
 
 
 def test_id_dropout_depends_on_seed_step_and_item_alone() -> None:
