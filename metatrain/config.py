@@ -238,6 +238,9 @@ class ModelConfig(Section):
     """Widths of the hidden layers."""
     activation: Literal["relu", "gelu", "tanh", "silu"] = "relu"
     """Between the layers."""
+    norm: Literal["none", "layer"] = "none"
+    """layer: a layer normalisation between each hidden layer and its activation; its gain (`norms.N.weight`) and bias
+    (`norms.N.bias`) are parameters like others, and adapt where `meta.adapt` says so."""
     skip: bool = True
     """Whether the head also sees the MLP's inputs: a linear model beside the MLP, so that a head that adapts can fold
     a user in as a factorisation would."""

@@ -1,7 +1,7 @@
 """The low-rank inner-loop engine: MAML's exact meta-gradient without a weight matrix a task where inputs are wide.
 
-Serves base learners made of linear layers, biases and elementwise activations (`low_rank_form.LinearForm`); refuses
-others with the reason (`CannotServe`).
+Serves base learners made of linear layers, biases, layer normalisation and elementwise activations
+(`low_rank_form.LinearForm`); refuses others with the reason (`CannotServe`).
 
 **Forward.** A linear layer is h = z Wᵀ + b. With δ the support loss's gradient at h, a step of SGD takes
 Wₖ₊₁ = Wₖ - αₖ δₖᵀ zₖ. So at step k
@@ -34,7 +34,8 @@ one large product that all tasks share, and small ones of support by support. Wh
 
 (⁺ the layer above, ⁻ the one below; V the columns that read r.) d_hₒ gathers over all steps and meets the inputs in
 one product at the end, d_W₀ = d_hₒᵀ x; d_x = d_hₒ W₀ + (d_G + d_Gᵀ) x. From d_r₀ plain autograd goes on to the rows,
-by Pᵀ. In first order the support's part is constant: only d_α and d_β are taken.
+by Pᵀ. In first order the support's part is constant: only d_α and d_β are taken. Where layers are normalised, f is of
+what the normalisation makes of h, and `low_rank_norm` has its part.
 
 **Memory.** Gradients are taken chunk by chunk in the forward pass, in buffers kept between calls (some megabytes an
 engine and thread): fresh large tensors cost more in page faults than the arithmetic they hold.
@@ -54,7 +55,7 @@ from metatrain.meta.episode import Episodes, Examples
 from metatrain.meta.losses import EventLoss, event_loss
 from metatrain.meta.low_rank_elementwise import loss_derivatives
 from metatrain.meta.low_rank_form import CannotServe, describe
-from metatrain.meta.low_rank_loss import AdaptedLoss, Problem, Recordings, without_prefix
+from metatrain.meta.low_rank_loss import AdaptedLoss, Problem, Recordings
 from metatrain.meta.low_rank_rows import RowFeature, pool
 
 __all__ = ["AdaptedLosses", "CannotServe", "LowRankEngine"]
@@ -143,9 +144,8 @@ class LowRankEngine:
             pooled = pool(episodes.rows, support.slots, query.slots)
             features = pooled.features
             inputs += [pooled.support, pooled.query, *pooled.kernels]
-        above = without_prefix(form, lowest)
-        used = {n for names in (*above.hidden, above.head) for n in (names.weight, names.bias, above.offset) if n}
-        names = tuple(name for name in parameters if name in used)
+        above = form.above(lowest)
+        names = tuple(name for name in parameters if name in above.names)
         rate_names = tuple(rates[0]) if rates else ()
         table = torch.stack([step[name] for step in rates for name in rate_names]) if rate_names else torch.zeros(0)
         problem = Problem(
@@ -179,10 +179,10 @@ class LowRankEngine:
 
     def lowest(self, adapted: tuple[str, ...], rows: Mapping[str, object]) -> int:
         """Which hidden layer is the lowest whose output adapts; the number of hidden layers where none does."""
-        hidden = self.form.hidden
         if rows:
             return 0
-        return next((i for i, n in enumerate(hidden) if {n.weight, n.bias} & set(adapted)), len(hidden))
+        layers = range(len(self.form.hidden))
+        return next((i for i in layers if self.form.layer_parameters(i) & set(adapted)), len(layers))
 
     def _chunk_for(self, support: Examples, query: Examples, rows: tuple[RowFeature, ...], steps: int) -> int:
         events, queries = support.labels.shape[1], query.labels.shape[1]

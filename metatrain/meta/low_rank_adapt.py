@@ -16,7 +16,7 @@ from metatrain.meta.engine import FastWeights, Tensors, rows_key
 from metatrain.meta.episode import Examples
 from metatrain.meta.losses import EventLoss
 from metatrain.meta.low_rank_elementwise import ACTIVATIONS
-from metatrain.meta.low_rank_form import LinearForm, LinearNames
+from metatrain.meta.low_rank_form import LinearForm, LinearNames, NormNames
 from metatrain.meta.low_rank_rows import pooling
 
 
@@ -74,6 +74,42 @@ class _Layer:
         return found
 
 
+class _Norm:
+    """A layer normalisation whose gain and bias, where they adapt, are [T, 1, O] from the first step on."""
+
+    def __init__(self, names: NormNames, parameters: Tensors, adapted: frozenset[str]) -> None:
+        self._epsilon = names.epsilon
+        self._names = (names.weight, names.bias)
+        self._now = {name: parameters[name] for name in self._names}
+        self._gradients: dict[str, list[Tensor]] = {name: [] for name in self._names if name in adapted}
+
+    def _normalised(self, h: Tensor) -> Tensor:
+        return functional.layer_norm(h, h.shape[-1:], eps=self._epsilon)
+
+    def forward(self, h: Tensor) -> Tensor:
+        gain, bias = (self._now[name] for name in self._names)
+        return self._normalised(h) * gain + bias
+
+    def backward(self, h: Tensor, g: Tensor) -> Tensor:
+        """The gradient at h, from that at the output."""
+        return _pull(self._normalised, h, g * self._now[self._names[0]])
+
+    def update(self, h: Tensor, g: Tensor, rates: dict[str, Tensor], constant: bool) -> None:
+        for name, terms in zip(self._names, (g * self._normalised(h), g), strict=True):
+            if name in self._gradients:
+                self._gradients[name].append(terms.sum(1, keepdim=True))
+                rate = rates[name].detach() if constant else rates[name]
+                self._now[name] = self._now[name] - self._gradients[name][-1] * rate
+
+    def fast_weights(self, parameters: Tensors, rates: list[dict[str, Tensor]]) -> Tensors:
+        """As `_Layer.fast_weights`."""
+        found = {}
+        for name, gradients in self._gradients.items():
+            by = [gradient * step[name] for gradient, step in zip(gradients, rates, strict=True)]
+            found[name] = parameters[name] - torch.stack(by).sum(0).squeeze(1)
+        return found
+
+
 def adapt(
     form: LinearForm,
     parameters: Tensors,
@@ -94,16 +130,18 @@ def adapt(
     own = slice(fixed.shape[2], None)  # the rows' columns among the inputs
     which = frozenset(adapted)
     hidden = [_Layer(names, inner, which) for names in form.hidden]
+    norms = [_Norm(names, inner, which) for names in form.norms]
     head = _Layer(form.head, inner, which)
     function = ACTIVATIONS[form.activation].function
     weights = support.mask / support.mask.sum(-1, keepdim=True).clamp(min=1.0)
     with torch.enable_grad() if not constant and torch.is_grad_enabled() else torch.no_grad():
         for step in rates:
             x = torch.cat([fixed, *(pools[name] @ now[name] for name in pools)], -1)
-            hs, zs = [], [x]
-            for layer in hidden:
+            hs, ys, zs = [], [], [x]
+            for i, layer in enumerate(hidden):
                 hs.append(layer.forward(zs[-1]))
-                zs.append(function(hs[-1]))
+                ys.append(norms[i].forward(hs[-1]) if norms else hs[-1])
+                zs.append(function(ys[-1]))
             seen = torch.cat([zs[-1], x], -1) if form.skip else zs[-1]
             s = head.forward(seen).squeeze(-1)
             if form.offset is not None:
@@ -112,7 +150,11 @@ def adapt(
             deltas = [delta]
             below = head.backward(delta, slice(zs[-1].shape[-1]))
             for i in range(len(hidden) - 1, -1, -1):
-                deltas.append(_pull(function, hs[i], below))
+                deltas.append(_pull(function, ys[i], below))
+                if norms:
+                    g = deltas.pop()
+                    deltas.append(norms[i].backward(hs[i], g))
+                    norms[i].update(hs[i], g, step, constant)
                 below = hidden[i].backward(deltas[-1]) if i else below
             deltas.reverse()
             if rows:
@@ -129,6 +171,8 @@ def adapt(
     found: Tensors = {}
     for layer in (*hidden, head):
         found |= layer.fast_weights(parameters)
+    for norm in norms:
+        found |= norm.fast_weights(parameters, rates)
     moved: Tensors = {}
     for name, gradients in steps_of_rows.items():
         by = [gradient * step[rows_key(name)] for gradient, step in zip(gradients, rates, strict=True)]

@@ -147,6 +147,7 @@ class ChoosingEngine:
             reads[: lowest + 1] if lowest else (),
             of_rows,
             not rows or any(names.weight in adapted for names in form.hidden),
+            bool(form.norms),
         )
 
     def _takes_low_rank(self, choice: Choice, level: int) -> bool:

@@ -19,6 +19,7 @@ from metatrain.meta.low_rank_form import LinearForm, LinearNames
 from metatrain.meta.low_rank_head import Head, Moving
 from metatrain.meta.low_rank_hidden import HiddenLayer
 from metatrain.meta.low_rank_layers import Gradients, Gram, Linear
+from metatrain.meta.low_rank_norm import Norm
 from metatrain.meta.low_rank_program import Program, Workspace
 from metatrain.meta.low_rank_rows import RowFeature, Rows
 
@@ -148,7 +149,11 @@ class Chunk:
             HiddenLayer(p, ws, f"hidden{i}", layer, sizes.steps, sizes.query) for i, layer in enumerate(hidden[1:])
         ]
         activation = ACTIVATIONS[form.activation]
-        self._between = [Between(p, ws, i, activation, sizes.order) for i in range(len(hidden))]
+        adapted = sizes.adapted if sizes.steps else frozenset()
+        norms = [Norm(p, ws, f"norm{i}", names, parameters, adapted) for i, names in enumerate(form.norms)]
+        self._between = [
+            Between(p, ws, i, activation, sizes.order, norms[i] if norms else None) for i in range(len(hidden))
+        ]
         offset = None if form.offset is None else parameters[form.offset]
         width = len(hidden[-1].weight) if hidden else 0
         self._head_sees_rows = bool(sizes.rows) and seen[0] is not None
@@ -238,7 +243,7 @@ class Chunk:
         self._head.reverse_rates(k, found)
         if self._first is not None:
             self._first.reverse_rates(k, found)
-        for layer in self._hidden:
+        for layer in (*self._hidden, *self._between):
             layer.reverse_rates(k, found)
         if self._rows is not None:
             self._rows.reverse_rates(k, found)
@@ -248,9 +253,10 @@ class Chunk:
         d_rho = None if self._rows is None else self._rows.reverse_update(k, found)
         d_g = None
         if self._first is not None:
-            d_g = self._between[0].reverse_backward(k, self._first.reverse_backward(k, d_rho, found))
+            d_delta = self._first.reverse_backward(k, d_rho, found)
+            d_g = self._between[0].reverse_backward(k, d_delta, found)
             for layer, between in zip(self._hidden, self._between[1:], strict=True):
-                d_g = between.reverse_backward(k, layer.reverse_backward(k, d_g, found))
+                d_g = between.reverse_backward(k, layer.reverse_backward(k, d_g, found), found)
         d_s = self._head.reverse_backward(k, self._moving(d_g, d_rho), found)
         p(d_s.mul_, self._loss_curvatures[k])
         d_z, d_r = self._head.reverse_forward(k, d_s)
@@ -271,7 +277,7 @@ class Chunk:
         skip_s, skip_q = others[:2] if sizes.skip else (None, None)
         if self._first is not None:
             self._first.finish(found, first_s, first_q)
-            for layer in self._hidden:
+            for layer in (*self._hidden, *self._between):
                 layer.finish(found)
         into = (skip_s, skip_q) if sizes.skip else (first_s, first_q)
         self._head.finish(found, *into, fresh=bool(sizes.skip) or self._first is None)

@@ -32,6 +32,7 @@ class Shapes:
         below: Widths from the learner's inputs up through the layers that do not adapt; empty where the first does.
         rows: Of each feature whose rows adapt: rows of a task, padded, and embedding width. `inputs` is without them.
         moves: Whether any of the hidden layers' weights adapt: with rows alone, or with rows and a head, they don't.
+        norm: Whether the hidden layers are normalised.
     """
 
     tasks: int
@@ -47,6 +48,7 @@ class Shapes:
     below: tuple[int, ...] = ()
     rows: tuple[tuple[int, int], ...] = ()
     moves: bool = True
+    norm: bool = False
 
     @property
     def row_width(self) -> int:

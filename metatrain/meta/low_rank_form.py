@@ -1,4 +1,4 @@
-"""What the low-rank engine knows of a base learner: its linear layers, the activation between them, and the head.
+"""What the low-rank engine knows of a base learner: its linear layers, what lies between them, and the head.
 
 A learner says so itself by a method `linear_form() -> LinearForm`. `describe` does not believe it: it compares the form
 with the module on random inputs, so a subclass with another forward is refused, not mistaken.
@@ -7,7 +7,7 @@ with the module on random inputs, so a subclass with another forward is refused,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -29,14 +29,27 @@ class LinearNames:
 
 
 @dataclass(frozen=True)
+class NormNames:
+    """Names of one layer normalisation's parameters, gain and bias, and what it adds to the variance."""
+
+    weight: str
+    bias: str
+    epsilon: float
+
+
+@dataclass(frozen=True)
 class LinearForm:
-    """score(x) = head([z_L, x] if skip else z_L) + offset, with z_l = activation(hidden_l(z_(l-1))) and z_0 = x."""
+    """score(x) = head([z_L, x] if skip else z_L) + offset, z_l = activation(norm_l(hidden_l(z_(l-1)))) and z_0 = x.
+
+    `norms` has one of each hidden layer, or is empty.
+    """
 
     hidden: tuple[LinearNames, ...]
     head: LinearNames
     activation: str = "relu"
     skip: bool = False
     offset: str | None = None
+    norms: tuple[NormNames, ...] = ()
 
     def scores(self, parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """Scores [..., E] of inputs [..., E, F] by shared parameters: the form, written out."""
@@ -50,10 +63,32 @@ class LinearForm:
     def prefix(self, parameters: Mapping[str, Tensor], x: Tensor, layers: int) -> Tensor:
         """What the first `layers` hidden layers make of x."""
         activation = ACTIVATIONS[self.activation].function
-        for names in self.hidden[:layers]:
+        for number, names in enumerate(self.hidden[:layers]):
             bias = None if names.bias is None else parameters[names.bias]
-            x = activation(functional.linear(x, parameters[names.weight], bias))
+            x = functional.linear(x, parameters[names.weight], bias)
+            if self.norms:
+                norm = self.norms[number]
+                gain, shift = parameters[norm.weight], parameters[norm.bias]
+                x = functional.layer_norm(x, gain.shape, gain, shift, norm.epsilon)
+            x = activation(x)
         return x
+
+    def layer_parameters(self, number: int) -> set[str]:
+        """Names of all that a hidden layer has."""
+        names = {self.hidden[number].weight, self.hidden[number].bias}
+        if self.norms:
+            names |= {self.norms[number].weight, self.norms[number].bias}
+        return {name for name in names if name is not None}
+
+    def above(self, layers: int) -> LinearForm:
+        """The form without its first `layers` hidden layers."""
+        return replace(self, hidden=self.hidden[layers:], norms=self.norms[layers:])
+
+    @property
+    def names(self) -> set[str]:
+        """Names of all parameters and buffers."""
+        found = {name for name in (self.head.weight, self.head.bias, self.offset) if name is not None}
+        return found.union(*(self.layer_parameters(number) for number in range(len(self.hidden))))
 
 
 def describe(learner: nn.Module) -> LinearForm:
@@ -70,8 +105,9 @@ def describe(learner: nn.Module) -> LinearForm:
     if form.hidden and form.activation not in ACTIVATIONS:
         raise CannotServe(f"the derivatives of its activation {form.activation!r} are not known")
     parameters = {**dict(learner.named_parameters()), **dict(learner.named_buffers())}
-    known = {name for names in (*form.hidden, form.head) for name in (names.weight, names.bias) if name}
-    unknown = [name for name, _ in learner.named_parameters() if name not in known]
+    if form.norms and len(form.norms) != len(form.hidden):
+        raise CannotServe("only some of its hidden layers are normalised")
+    unknown = [name for name, _ in learner.named_parameters() if name not in form.names]
     if unknown:
         raise CannotServe(f"parameters outside its linear layers: {', '.join(unknown)}")
     if form.skip and not form.hidden:

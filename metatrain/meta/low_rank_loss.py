@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -197,11 +197,6 @@ class AdaptedLoss(torch.autograd.Function):
         needs = ctx.needs_input_grad[6:]
         scaled = [g * by_total if need and g is not None else None for g, need in zip(ctx.found, needs, strict=True)]
         return None, None, None, None, None, None, *scaled
-
-
-def without_prefix(form: LinearForm, layers: int) -> LinearForm:
-    """The form above its first `layers` hidden layers."""
-    return replace(form, hidden=form.hidden[layers:])
 
 
 def _buffers(

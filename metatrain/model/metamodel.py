@@ -270,7 +270,8 @@ def build_model(
     # Initial weights depend on the seed alone, and nobody else's random numbers on them.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        learner = MLP(featurizer.width, model.hidden, model.activation, model.skip, _offset(schema, meta.loss))
+        offset = _offset(schema, meta.loss)
+        learner = MLP(featurizer.width, model.hidden, model.activation, model.skip, offset, model.norm)
         try:
             maml = MAML(
                 learner,

@@ -216,7 +216,12 @@ class Reference:
         weights = {**self.dense, **weights}
         h = x
         for layer in range(len(self.config.model.hidden)):
-            h = torch.tanh(weights[f"layers.{layer}.weight"] @ h + weights[f"layers.{layer}.bias"])
+            h = weights[f"layers.{layer}.weight"] @ h + weights[f"layers.{layer}.bias"]
+            if self.config.model.norm == "layer":
+                h = h - h.mean()
+                h = h / torch.sqrt((h * h).mean() + 1e-5)
+                h = h * weights[f"norms.{layer}.weight"] + weights[f"norms.{layer}.bias"]
+            h = torch.tanh(h)
         seen = torch.cat([h, x]) if self.config.model.skip and self.config.model.hidden else h
         mean = self.schema.label_mean
         offset = math.log(mean / (1 - mean)) if self.config.meta.loss == "binary_cross_entropy" else mean

@@ -46,12 +46,19 @@ class Setting:
     decay: float = 0.0
     least_support: int = 0
     engine: str = "auto"
+    norm: str = "none"
 
     @property
     def config(self) -> Config:
         return Config.model_validate(
             {
-                "model": {"hidden": (6, 5), "activation": "tanh", "dedup": self.dedup, "init_scale": 0.5},
+                "model": {
+                    "hidden": (6, 5),
+                    "activation": "tanh",
+                    "norm": self.norm,
+                    "dedup": self.dedup,
+                    "init_scale": 0.5,
+                },
                 "meta": {
                     "order": self.order,
                     "adapt_rows": ROWS if self.rows else (),
@@ -91,6 +98,7 @@ def grid() -> list[Setting]:
                         Setting(
                             order, rows, dedup, chunk, LOSSES[turn % 4], ("layer_step", "none")[turn % 5 == 0],
                             (("*",), ("head.*",), ("layers.1.*", "head.bias"))[turn % 3], decay=0.01 * (turn % 2),
+                            norm=("none", "layer")[turn // 3 % 2],
                         )
                     )  # fmt: skip
     return [
@@ -201,10 +209,11 @@ def test_distributed_meta_gradient_equals_reference(by_ranks: list[list[dict[str
         chunk=st.sampled_from([0, 1, 2, 3]),
         loss=st.sampled_from(LOSSES),
         rates=st.sampled_from(["none", "layer_step"]),
-        adapt=st.sampled_from([("*",), ("head.*",), ("layers.0.weight",)]),
+        adapt=st.sampled_from([("*",), ("head.*",), ("layers.0.weight",), ("*.bias",)]),
         steps=st.integers(0, 3),
         decay=st.sampled_from([0.0, 0.1]),
         engine=st.sampled_from(["low_rank", "vmap"]),
+        norm=st.sampled_from(["none", "layer"]),
     ),
     tasks=st.integers(1, 5),
     seed=st.integers(0, 999),

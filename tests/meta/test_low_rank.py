@@ -63,6 +63,7 @@ def make(
     dtype=torch.float64,
     rows=(),
     fixed=6,
+    norm="none",
 ) -> Case:
     """Random weights and tasks; the first task has no support event, others ragged support and query.
 
@@ -73,7 +74,7 @@ def make(
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    learner = MLP(fixed + sum(ROWS[name][2] for name in rows), hidden, activation, skip, 0.3).to(dtype)
+    learner = MLP(fixed + sum(ROWS[name][2] for name in rows), hidden, activation, skip, 0.3, norm).to(dtype)
     with torch.no_grad():
         for p in learner.parameters():
             p.copy_(normal(*p.shape) * 0.6)
@@ -205,17 +206,39 @@ def test_gradients_equal_a_loop_over_tasks(
     loss=st.sampled_from(LOSSES),
     sizes=st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 4)),
     fixed=st.sampled_from([0, 6]),
+    norm=st.sampled_from(["none", "layer"]),
     chunk=st.integers(0, 3),
     seed=st.integers(0, 1000),
 )
 def test_rows_that_adapt(
-    rows, hidden, activation, skip, order, steps, pattern, loss, sizes, fixed, chunk, seed
+    rows, hidden, activation, skip, order, steps, pattern, loss, sizes, fixed, norm, chunk, seed
 ) -> None:
-    case = make(hidden, activation, skip, steps, pattern, loss, sizes, seed, rows=rows, fixed=fixed)
+    case = make(hidden, activation, skip, steps, pattern, loss, sizes, seed, rows=rows, fixed=fixed, norm=norm)
     expected = reference(case, loss, order)
     assert_same(fused(case, loss, order, chunk), expected, 1e-10)
     assert_same(plain(case, loss, order), expected, 1e-10)
     assert_same(adapting(case, VmapEngine(case.learner, event_loss(loss), order), loss), expected, 1e-10)
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    hidden=st.sampled_from([(5,), (5, 4), (5, 4, 3)]),
+    activation=st.sampled_from(["relu", "tanh", "gelu", "silu"]),
+    skip=st.booleans(),
+    order=st.sampled_from([1, 2]),
+    steps=st.integers(0, 5),
+    pattern=st.sampled_from((*PATTERNS, "norms.*", "norms.0.weight", "norms.*.bias", "layers.*")),
+    loss=st.sampled_from(LOSSES),
+    sizes=st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 4)),
+    chunk=st.integers(0, 3),
+    seed=st.integers(0, 1000),
+)
+def test_normalised_layers(hidden, activation, skip, order, steps, pattern, loss, sizes, chunk, seed) -> None:
+    case = make(hidden, activation, skip, steps, pattern, loss, sizes, seed, norm="layer")
+    expected = reference(case, loss, order)
+    assert_same(fused(case, loss, order, chunk), expected)
+    assert_same(plain(case, loss, order), expected)
+    assert_same(adapting(case, VmapEngine(case.learner, event_loss(loss), order), loss), expected)
 
 
 @pytest.mark.parametrize("queries", [1, 40], ids=["last step as factors", "last step folded"])

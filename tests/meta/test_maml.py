@@ -160,6 +160,15 @@ def test_patterns_that_match_nothing_are_refused() -> None:
         MAML(Line(), adapt=("body.*",))
 
 
+def test_gains_whose_gradient_torch_gets_wrong_are_refused() -> None:
+    learner = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 1), nn.Flatten(-2))
+    episodes = random_episodes(5, 4, 2, 3)
+    with pytest.raises(ValueError, match=r"LayerNorm can't adapt in second order: 1\.weight"):
+        MAML(learner)(episodes)
+    for allowed in (MAML(learner, order=1), MAML(learner, adapt=("0.*", "1.bias"))):
+        allowed(episodes).total.backward()
+
+
 def test_no_grad_still_adapts() -> None:
     maml = MAML(Line(), steps=1, rate=0.1)
     with torch.no_grad():

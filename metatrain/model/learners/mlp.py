@@ -12,18 +12,30 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, relu, silu
+from torch.nn.functional import gelu, layer_norm, relu, silu
 
-from metatrain.meta.low_rank_form import LinearForm, LinearNames
+from metatrain.meta.low_rank_form import LinearForm, LinearNames, NormNames
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": relu, "gelu": gelu, "tanh": torch.tanh, "silu": silu}
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer normalisation that may adapt: gain and bias come after the fused operation, not into it.
+
+    With a gain a task, torch.func's gradient of the gradient through the fused gain is wrong (torch 2.13, and
+    pytorch/functorch issue 534): the inner backward's batching rule loses a part of it.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Same as torch's."""
+        return layer_norm(input, self.normalized_shape, eps=self.eps) * self.weight + self.bias
 
 
 class MLP(nn.Module):
     """Scores events from their inputs.
 
-    Parameters are `layers.N.weight`, `layers.N.bias`, `head.weight` and `head.bias`; the buffer `offset` is added to
-    every score.
+    Parameters are `layers.N.weight`, `layers.N.bias`, `head.weight` and `head.bias`, with norms `norms.N.weight` (the
+    gain) and `norms.N.bias`; the buffer `offset` is added to every score.
 
     Args:
         inputs: Width of an event's input.
@@ -31,9 +43,10 @@ class MLP(nn.Module):
         activation: relu, gelu, tanh or silu.
         skip: Whether the head sees the inputs beside the last hidden layer.
         offset: Score of an event about which nothing is known.
+        norm: none, or layer: a layer normalisation between each hidden layer and its activation.
 
     Raises:
-        ValueError: An unknown activation.
+        ValueError: An unknown activation or norm.
     """
 
     offset: Tensor
@@ -45,12 +58,16 @@ class MLP(nn.Module):
         activation: str = "relu",
         skip: bool = True,
         offset: float = 0.0,
+        norm: str = "none",
     ) -> None:
         super().__init__()
+        if norm not in ("none", "layer"):
+            raise ValueError(f"unknown norm {norm!r}: none, layer")
         if activation not in _ACTIVATIONS:
             raise ValueError(f"unknown activation {activation!r}: {', '.join(_ACTIVATIONS)}")
         widths = [inputs, *hidden]
         self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in itertools.pairwise(widths))
+        self.norms = nn.ModuleList(LayerNorm(width) for width in hidden if norm == "layer")
         self._skip = skip and bool(hidden)
         seen = widths[-1] + (inputs if self._skip else 0)
         self.head = nn.Linear(seen, 1)
@@ -64,13 +81,21 @@ class MLP(nn.Module):
         """The layers by name, for the low-rank engine."""
         hidden = tuple(LinearNames(f"layers.{n}.weight", f"layers.{n}.bias") for n in range(len(self.layers)))
         head = LinearNames("head.weight", "head.bias")
-        return LinearForm(hidden, head, self._activation_name, self._skip, "offset")
+        norms = tuple(
+            NormNames(f"norms.{n}.weight", f"norms.{n}.bias", norm.eps)
+            for n, norm in enumerate(self.norms)
+            if isinstance(norm, LayerNorm)
+        )
+        return LinearForm(hidden, head, self._activation_name, self._skip, "offset", norms)
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores [..., E] of inputs [..., E, F]."""
         h = x
-        for layer in self.layers:
-            h = self._activation(layer(h))
+        for number, layer in enumerate(self.layers):
+            h = layer(h)
+            if self.norms:
+                h = self.norms[number](h)
+            h = self._activation(h)
         seen = torch.cat([h, x.to(h.dtype)], dim=-1) if self._skip else h
         # The offset is added in its own type: bfloat16 would round a mean rating of 3.53 to 3.53125.
         return self.head(seen).squeeze(-1).to(self.offset.dtype) + self.offset
