@@ -107,9 +107,10 @@ class VmapEngine:
             ValueError: The gain of a torch.nn.LayerNorm would adapt, whose second-order gradient would be wrong.
         """
         if self._fused_gains.intersection(adapted):
+            gains = ", ".join(sorted(self._fused_gains))
             raise ValueError(
-                f"the gain of a torch.nn.LayerNorm can't adapt in second order: {', '.join(sorted(self._fused_gains))}; "
-                "take metatrain.model.learners.mlp.LayerNorm, or order 1, or leave it out of what adapts"
+                f"the gain of a torch.nn.LayerNorm can't adapt in second order: {gains}; take "
+                "metatrain.model.learners.mlp.LayerNorm, or order 1, or leave it out of what adapts"
             )
         tasks = support.labels.shape[0]
         if not rates:

@@ -7,7 +7,7 @@ working set stays in cache. `low_rank` has the mathematics, `low_rank_layers` th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -140,9 +140,10 @@ class Chunk:
         self._first: FirstLayer | None = None
         if hidden:
             gram = self._gram if hidden[0].adapts_weight else None
-            fixed, of_rows = hidden[0].part(0, sizes.first, bias=True), None
+            fixed, of_rows = hidden[0], None
             if sizes.rows:
-                layer = hidden[0].part(sizes.first, sizes.row_width, bias=False)
+                fixed = self._apart("fixed", hidden[0].part(0, sizes.first, bias=True))
+                layer = self._apart("rows", hidden[0].part(sizes.first, sizes.row_width, bias=False))
                 of_rows = HiddenLayer(p, ws, "first.rows", layer, sizes.steps, sizes.query)
             self._first = FirstLayer(p, ws, fixed, first_s, first_q, gram, sizes.steps, of_rows)
         self._hidden = [
@@ -159,6 +160,12 @@ class Chunk:
         self._head_sees_rows = bool(sizes.rows) and seen[0] is not None
         rows = sizes.row_width if self._head_sees_rows else 0
         self._head = Head(p, ws, head, offset, width, (sizes.tasks, sizes.support, sizes.query), *seen, skip_gram, rows)
+
+    def _apart(self, name: str, part: Linear) -> Linear:
+        """The columns in one piece: products with a matrix of longer rows can be a hundred times slower (oneDNN)."""
+        weight = self._ws(f"first.weight.{name}", *part.weight.shape)
+        self.forward(weight.copy_, part.weight)
+        return replace(part, weight=weight)
 
     def _linear(self, names: LinearNames, parameters: dict[str, Tensor]) -> Linear:
         adapted = self._sizes.adapted if self._sizes.steps else frozenset()

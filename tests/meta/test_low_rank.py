@@ -194,7 +194,7 @@ def test_gradients_equal_a_loop_over_tasks(
     assert_same(plain(case, loss, order), expected)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     rows=st.lists(st.sampled_from(tuple(ROWS)), min_size=1, unique=True),
     hidden=st.sampled_from([(), (5,), (5, 4), (5, 4, 3)]),
@@ -220,7 +220,7 @@ def test_rows_that_adapt(
     assert_same(adapting(case, VmapEngine(case.learner, event_loss(loss), order), loss), expected, 1e-10)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     hidden=st.sampled_from([(5,), (5, 4), (5, 4, 3)]),
     activation=st.sampled_from(["relu", "tanh", "gelu", "silu"]),
