@@ -14,7 +14,9 @@ Symbols: T tasks, N events (all tasks, support and query), U unique items.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -59,7 +61,11 @@ class TaskBatch:
         return int(self.tasks.shape[0])
 
     def tensors(self, device: torch.device | str = "cpu") -> TaskBatch:
-        """The same batch as tensors on a device; integers become int64. No copy on the CPU where none is needed."""
+        """The same batch as tensors on a device; integers become int64. No copy on the CPU where none is needed.
+
+        So the tensors may be the arrays' own memory, which a `TaskStream` shares with the object store: they must not
+        be written to.
+        """
         import torch  # here: a reader's process makes no tensor, and starts without torch's seconds and megabytes
 
         def convert(value: Any) -> Any:
@@ -68,10 +74,77 @@ class TaskBatch:
             if isinstance(value, Ragged):
                 return Ragged(convert(value.values), convert(value.lengths))
             if isinstance(value, np.ndarray):
-                # Arrays from Ray's object store are read-only, which torch cannot express: copy those.
-                array = value if value.flags.writeable else value.copy()
-                tensor = torch.from_numpy(array)
+                tensor = torch.from_numpy(value if value.flags.writeable else np.asarray(_Unprotected(value)))
                 return (tensor if tensor.is_floating_point() else tensor.long()).to(device, non_blocking=True)
             return value
 
         return replace(self, **{f.name: convert(getattr(self, f.name)) for f in fields(self)})
+
+
+class _Unprotected:
+    """An array from Ray's object store as one that may be written to: torch knows no tensors that may not.
+
+    Holds the array, whose memory the object store keeps for as long.
+    """
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._array = array
+        self.__array_interface__ = {**array.__array_interface__, "data": (array.ctypes.data, False)}
+
+
+@dataclass(frozen=True)
+class TaskBatches:
+    """The batches of consecutive steps as one array a column, so that they are made and sent in one go.
+
+    Iterating gives the batches, whose columns are pieces of these: nothing is copied.
+    """
+
+    columns: TaskBatch  # of all steps, behind one another; `event_items` counts inside of its own step
+    skipped: tuple[int, ...]  # of each of the S steps
+    task_bounds: tuple[int, ...]  # [S + 1]: where each step's tasks begin, and where the last one's end
+    item_bounds: tuple[int, ...]  # [S + 1]
+    event_bounds: tuple[int, ...]  # [S + 1]
+
+    def __len__(self) -> int:
+        """Number of steps, S."""
+        return len(self.skipped)
+
+    def __iter__(self) -> Iterator[TaskBatch]:
+        """The steps' batches."""
+        whole = self.columns
+        bounds = [list(pairwise(b)) for b in (self.task_bounds, self.item_bounds, self.event_bounds)]
+        tasks, items, events = (
+            [
+                dict(zip(columns, rows, strict=True))
+                for rows in zip(*(_cuts(c, b) for c in columns.values()), strict=True)
+            ]
+            if columns
+            else [{}] * len(self)
+            for columns, b in zip((whole.task_features, whole.item_features, whole.event_features), bounds, strict=True)
+        )
+        for i, ((t, t_end), (u, u_end), (n, n_end)) in enumerate(zip(*bounds, strict=True)):
+            yield TaskBatch(
+                tasks=whole.tasks[t:t_end],
+                support_lengths=whole.support_lengths[t:t_end],
+                query_lengths=whole.query_lengths[t:t_end],
+                items=whole.items[u:u_end],
+                event_items=whole.event_items[n:n_end],
+                labels=whole.labels[n:n_end],
+                timestamps=whole.timestamps[n:n_end],
+                task_features=tasks[i],
+                item_features=items[i],
+                event_features=events[i],
+                skipped=self.skipped[i],
+            )
+
+
+def _cuts(column: Column, bounds: list[tuple[int, int]]) -> list[Column]:
+    """The rows between each pair of bounds."""
+    if not isinstance(column, Ragged):
+        return [column[start:stop] for start, stop in bounds]
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(column.lengths)])
+    edges = [(int(offsets[start]), int(offsets[stop])) for start, stop in bounds]
+    return [
+        Ragged(column.values[low:high], column.lengths[start:stop])
+        for (low, high), (start, stop) in zip(edges, bounds, strict=True)
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ class Jagged:
     offsets: np.ndarray  # int64 [n + 1]
     values: np.ndarray
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         """Values of each row: int64 [n]."""
         return np.diff(self.offsets)
@@ -85,15 +86,17 @@ def stored(column: Column) -> Stored:
 def take(column: Stored, index: np.ndarray) -> Column:
     """The rows `index` of a column, as a batch holds it."""
     if isinstance(column, Jagged):
-        starts = column.offsets[index]
-        lengths = column.offsets[index + 1] - starts
-        return Ragged(column.values[segments(starts, lengths)], lengths)
+        lengths = column.lengths[index]
+        return Ragged(column.values[segments(column.offsets[index], lengths)], lengths)
     return column[index]
 
 
-def keep(column: Stored, mask: np.ndarray) -> Stored:
-    """The rows where the mask is true, kept for gathering."""
-    return stored(take(column, np.flatnonzero(mask)))
+def cut(column: Stored, rows: slice) -> Column:
+    """Consecutive rows of a column, as a batch holds them; nothing is copied."""
+    if isinstance(column, Jagged):
+        offsets = column.offsets[rows.start : rows.stop + 1]
+        return Ragged(column.values[offsets[0] : offsets[-1]], np.diff(offsets))
+    return column[rows]
 
 
 def concatenate(columns: Sequence[Any]) -> Any:

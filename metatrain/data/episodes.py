@@ -79,8 +79,10 @@ def split_events(
 
 def segments(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """The positions start, start + 1, … of each segment, behind one another: int64 [sum of lengths]."""
-    before = np.cumsum(lengths) - lengths
-    return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))
+    ends = np.cumsum(lengths)
+    found = np.repeat(starts - (ends - lengths), lengths)
+    found += np.arange(len(found))
+    return found
 
 
 def _by_time(

@@ -39,6 +39,23 @@ class Positions(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Stretch:
+    """What a lane gives to consecutive steps out of one window: tasks bounds[i] to bounds[i + 1] to the i-th."""
+
+    lane: int
+    window: int
+    bounds: np.ndarray  # int64 [steps + 1]: places in the window's order
+
+
+class WindowTasks(NamedTuple):
+    """A shuffle window's tasks in the order in which the lane gives them."""
+
+    row_groups: np.ndarray  # int64 [w]: the window's row groups, in the order in which they are read
+    rows: np.ndarray  # int64 [n]: rows of the window, its row groups put behind one another
+    positions: Positions  # [n]
+
+
+@dataclass(frozen=True)
 class Slice:
     """Tasks of a lane's part of a step that lie in one shuffle window."""
 
@@ -95,7 +112,7 @@ class EpochPlan:
         self._dealt = order[by_lane]
         self._lane_groups = np.searchsorted(lane_of_dealt[by_lane], np.arange(lanes + 1))
         self._tasks_before = _starts(self._sizes[self._dealt])
-        self._permutations: dict[int, tuple[int, np.ndarray]] = {}  # lane → (window, permutation): the newest
+        self._newest: dict[int, tuple[int, WindowTasks]] = {}  # lane → its newest window, for `slices`
 
     @property
     def lane_tasks(self) -> np.ndarray:
@@ -115,40 +132,56 @@ class EpochPlan:
 
     def slices(self, lane: int, step: int) -> list[Slice]:
         """A lane's part of a step, cut where shuffle windows end. O(log G), and O(window) at a window's first use."""
+        pieces = []
+        for stretch in self.stretches(lane, step):
+            tasks = self._window(lane, stretch.window)
+            cut = slice(*stretch.bounds.tolist())
+            positions = Positions(*(column[cut] for column in tasks.positions))
+            pieces.append(Slice(lane, stretch.window, tasks.row_groups, tasks.rows[cut], positions))
+        return pieces
+
+    def stretches(self, lane: int, step: int, steps: int = 1) -> list[Stretch]:
+        """What a lane gives to `steps` steps from `step` on, cut where shuffle windows end. O(log G + windows met)."""
         first_group, end_group = int(self._lane_groups[lane]), int(self._lane_groups[lane + 1])
         # In tasks, counted over all lanes behind one another, as `_tasks_before` is.
-        start = int(self._tasks_before[first_group]) + step * self.tasks_per_lane
-        stop = min(start + self.tasks_per_lane, int(self._tasks_before[end_group]))
-        pieces = []
+        lane_start = int(self._tasks_before[first_group])
+        edges = lane_start + np.arange(step, step + steps + 1) * self.tasks_per_lane
+        start, stop = int(edges[0]), min(int(edges[-1]), int(self._tasks_before[end_group]))
+        found = []
         while start < stop:
             group = int(np.searchsorted(self._tasks_before, start, side="right")) - 1
             window = (group - first_group) // self.window
-            low = first_group + window * self.window
-            high = min(low + self.window, end_group)
+            low, high = self._groups(lane, window)
             base, end = int(self._tasks_before[low]), int(self._tasks_before[high])
-            rows = self._permutation(lane, window, end - base)[start - base : min(stop, end) - base]
-            pieces.append(Slice(lane, window, self._dealt[low:high], rows, self._located(low, high, rows)))
+            found.append(Stretch(lane, window, np.clip(edges, base, end) - base))
             start = end
-        return pieces
+        return found
 
-    def window_row_groups(self, lane: int, window: int) -> np.ndarray:
-        """The row groups of a lane's window: int64, empty behind the lane's last one."""
-        low = int(self._lane_groups[lane]) + window * self.window
-        return self._dealt[low : min(low + self.window, int(self._lane_groups[lane + 1]))]
-
-    def _located(self, low: int, high: int, rows: np.ndarray) -> Positions:
+    def window_tasks(self, lane: int, window: int) -> WindowTasks:
+        """The tasks of a lane's window. O(tasks of the window)."""
+        low, high = self._groups(lane, window)
         before = self._tasks_before[low : high + 1] - self._tasks_before[low]
+        rows = np.arange(before[-1])
+        if self.shuffle:
+            rows = randomness.permutation(len(rows), _WINDOW, self.seed, self.epoch, lane, window)
         which = np.searchsorted(before, rows, side="right") - 1
         row_group, row = self._dealt[low + which], rows - before[which]
-        return Positions(row_group, row, self._first_ordinal[row_group] + row)
+        return WindowTasks(self._dealt[low:high], rows, Positions(row_group, row, self._first_ordinal[row_group] + row))
 
-    def _permutation(self, lane: int, window: int, tasks: int) -> np.ndarray:
-        if not self.shuffle:
-            return np.arange(tasks)
-        known = self._permutations.get(lane)
+    def windows(self, lane: int) -> int:
+        """Number of a lane's windows."""
+        return int(-(-(self._lane_groups[lane + 1] - self._lane_groups[lane]) // self.window))
+
+    def _groups(self, lane: int, window: int) -> tuple[int, int]:
+        """Where in `_dealt` a window's row groups begin and end."""
+        low = int(self._lane_groups[lane]) + window * self.window
+        return low, min(low + self.window, int(self._lane_groups[lane + 1]))
+
+    def _window(self, lane: int, window: int) -> WindowTasks:
+        known = self._newest.get(lane)
         if known is None or known[0] != window:
-            known = (window, randomness.permutation(tasks, _WINDOW, self.seed, self.epoch, lane, window))
-            self._permutations[lane] = known
+            known = (window, self.window_tasks(lane, window))
+            self._newest[lane] = known
         return known[1]
 
 

@@ -85,7 +85,9 @@ class Shards:
             self._open.move_to_end(shard)
             return known
         path = storage.join(self.url, self._shards[shard].path)
-        file = pq.ParquetFile(_source(path), page_checksum_verification=True)
+        # Reading a whole row group in one request pays where requests are slow; from a disk its threads only cost.
+        ahead = not storage.is_local(path)
+        file = pq.ParquetFile(_source(path), page_checksum_verification=True, pre_buffer=ahead)
         found = tuple(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))
         if found != self._shards[shard].row_groups:
             file.close(force=True)

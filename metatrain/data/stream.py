@@ -1,7 +1,8 @@
 """The feed of a training worker: `TaskReader` actors read ahead through the object store, `TaskStream` gives batches.
 
 The batch of a step is what the plan says, whichever reader makes it: a reader that dies is replaced where the trainer
-stands, and the trainer sees the same batches. At most `prefetch` steps are in the object store.
+stands, and the trainer sees the same batches. At most `prefetch` steps are in the object store. Several small steps are
+made and sent in one call, since a call takes as long as reading some hundred tasks.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -27,7 +29,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from metatrain.config import DataConfig
 from metatrain.data.assemble import concatenate_batches
-from metatrain.data.batch import TaskBatch
+from metatrain.data.batch import TaskBatch, TaskBatches
 from metatrain.data.manifest import ItemSet, Split, read_manifest
 from metatrain.data.plan import EpochPlan, lanes_of
 from metatrain.data.reader import BatchReader
@@ -42,6 +44,9 @@ READER_CPUS = 0.5
 DEATHS_IN_A_ROW = 5
 #: Seconds that a new reader may take to start before the stream gives up.
 START_SECONDS = 300.0
+
+#: Tasks of the global batch from which on a call of the readers is not made larger.
+CALL_TASKS = 4096
 
 # What takes a reader, or a batch it made, away; anything else is an error of the read itself.
 _DEATHS = (RayActorError, NodeDiedError, ObjectLostError, OutOfMemoryError, WorkerCrashedError)
@@ -59,10 +64,19 @@ class TaskReader:
         self._reader = BatchReader.from_config(self._url, **self._options, read_ahead=True, verify=False)
         return os.getpid()
 
-    def read(self, epoch: int, step: int) -> TaskBatch:
-        """This reader's part of a step's batch."""
+    def read(self, epoch: int, step: int, steps: int) -> TaskBatches:
+        """This reader's part of the batches of consecutive steps."""
         assert self._reader is not None, "open comes first"
-        return self._reader.read(epoch, step, self._lanes)
+        return self._reader.read_steps(epoch, step, steps, self._lanes)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What all readers were asked for at once."""
+
+    place: tuple[int, int]  # epoch, and its first step
+    steps: int
+    refs: list[ray.ObjectRef]  # a part of each reader
 
 
 class TaskStream:
@@ -118,7 +132,9 @@ class TaskStream:
         #: Seconds that the consumer waited for batches.
         self.wait_seconds = 0.0
         self._deaths = 0
-        self._queue: deque[tuple[int, int, list[ray.ObjectRef]]] = deque()  # (epoch, step, a part of each reader)
+        # Two calls are in flight at the least, so that a reader works while the trainer uses what it has made.
+        self._steps_per_call = max(1, min(data.prefetch // 2, CALL_TASKS // data.tasks_per_step))
+        self._queue: deque[_Call] = deque()
         self._actors: list[Any] = [self._actor(i) for i in range(readers)]
         self._pids: list[int] = [0] * readers
         try:
@@ -156,16 +172,18 @@ class TaskStream:
 
         The first steps of the next epoch are read ahead while this one's last are consumed.
         """
-        for step in range(start_step, self.steps(epoch)):
-            if not self._queue or self._queue[0][:2] != (epoch, step):
+        step, end = start_step, self.steps(epoch)
+        while step < end:
+            if not self._queue or self._queue[0].place != (epoch, step):
                 self._queue.clear()  # what was read ahead is for another place
             self._fill(epoch, step)
             begun = time.monotonic()
             parts = [self._part(i) for i in range(len(self._actors))]
             self.wait_seconds += time.monotonic() - begun
-            self._queue.popleft()
+            step += self._queue.popleft().steps
             self._deaths = 0
-            yield concatenate_batches(parts)
+            for of_readers in zip(*parts, strict=True):
+                yield concatenate_batches(of_readers)
 
     def close(self) -> None:
         """Ends the readers."""
@@ -175,23 +193,30 @@ class TaskStream:
         self._actors = []
 
     def _fill(self, epoch: int, step: int) -> None:
-        """Asks for steps from here on until `prefetch` of them are in flight."""
+        """Asks for steps from here on until as many of them are in flight as `prefetch` allows."""
+        in_flight = sum(call.steps for call in self._queue)
         if self._queue:
-            epoch, step = self._after(*self._queue[-1][:2])
-        while len(self._queue) < self._data.prefetch and (self._epochs is None or epoch < self._epochs):
+            epoch, step = self._after(self._queue[-1])
+        while self._epochs is None or epoch < self._epochs:
             if not self.steps(epoch):
                 return
-            self._queue.append((epoch, step, [actor.read.remote(epoch, step) for actor in self._actors]))
-            epoch, step = self._after(epoch, step)
+            steps = min(self._steps_per_call, self.steps(epoch) - step)
+            if in_flight + steps > self._data.prefetch:
+                return
+            refs = [actor.read.remote(epoch, step, steps) for actor in self._actors]
+            self._queue.append(_Call((epoch, step), steps, refs))
+            in_flight += steps
+            epoch, step = self._after(self._queue[-1])
 
-    def _after(self, epoch: int, step: int) -> tuple[int, int]:
-        return (epoch, step + 1) if step + 1 < self.steps(epoch) else (epoch + 1, 0)
+    def _after(self, call: _Call) -> tuple[int, int]:
+        epoch, step = call.place
+        return (epoch, step + call.steps) if step + call.steps < self.steps(epoch) else (epoch + 1, 0)
 
-    def _part(self, i: int) -> TaskBatch:
-        """Reader i's part of the first step in the queue, from a new reader where it died."""
+    def _part(self, i: int) -> TaskBatches:
+        """Reader i's part of the first call in the queue, from a new reader where it died."""
         while True:
             try:
-                return ray.get(self._queue[0][2][i])
+                return ray.get(self._queue[0].refs[i])
             except _DEATHS as death:
                 self._replace(i, death)
             except RayTaskError as error:
@@ -205,7 +230,7 @@ class TaskStream:
         """
         while True:
             self._deaths += 1
-            epoch, step = self._queue[0][:2] if self._queue else (0, 0)
+            epoch, step = self._queue[0].place if self._queue else (0, 0)
             place = f"epoch {epoch}, step {step}, lanes {self._lanes[i]}"
             if self._deaths > DEATHS_IN_A_ROW:
                 raise TrainingError(
@@ -224,8 +249,8 @@ class TaskStream:
             except _DEATHS as another:
                 death = another
                 continue
-            for epoch, step, refs in self._queue:
-                refs[i] = self._actors[i].read.remote(epoch, step)
+            for call in self._queue:
+                call.refs[i] = self._actors[i].read.remote(*call.place, call.steps)
             return
 
     def _actor(self, i: int) -> Any:

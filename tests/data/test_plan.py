@@ -94,7 +94,7 @@ def test_a_window_bounds_what_is_open_and_row_groups_are_read_once(sizes, per_la
         for step in range(plan.steps):
             for piece in plan.slices(lane, step):
                 assert len(piece.row_groups) <= options["window"]
-                assert piece.row_groups.tolist() == plan.window_row_groups(lane, piece.window).tolist()
+                assert piece.row_groups.tolist() == plan.window_tasks(lane, piece.window).row_groups.tolist()
                 assert set(piece.positions.row_group) <= set(piece.row_groups)
                 assert piece.window >= newest  # forward only: no window is opened a second time
                 if piece.window > newest:

@@ -77,7 +77,7 @@ def test_starts_at_any_step_and_changes_its_place(stream: TaskStream, tiny_datas
 def test_a_reader_works_ahead_while_the_trainer_computes(stream: TaskStream):
     batches = stream.batches(0)
     next(batches)
-    ahead = [ref for _, _, refs in stream._queue for ref in refs]
+    ahead = [ref for call in stream._queue for ref in call.refs]
     assert len(ahead) == 2 * (DATA.prefetch - 1)
     done, _ = ray.wait(ahead, num_returns=len(ahead), timeout=60)
     assert len(done) == len(ahead)  # made before anybody asked for them

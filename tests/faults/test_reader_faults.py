@@ -12,7 +12,7 @@ import ray
 
 from metatrain.config import DataConfig, EpisodeConfig
 from metatrain.data import stream as streaming
-from metatrain.data.batch import TaskBatch
+from metatrain.data.batch import TaskBatches
 from metatrain.data.manifest import ItemSet, Split, read_manifest
 from metatrain.data.reader import BatchReader
 from metatrain.data.stream import TaskStream
@@ -66,10 +66,10 @@ def test_readers_that_die_are_replaced_where_the_trainer_stands(url: str, caplog
 
 def test_readers_that_keep_dying_end_the_run(url: str, monkeypatch):
     class Doomed(streaming.TaskReader):  # here, so that Ray sends it by value: the actor cannot import this file
-        def read(self, epoch: int, step: int) -> TaskBatch:
+        def read(self, epoch: int, step: int, steps: int) -> TaskBatches:
             if step >= 1:
                 os._exit(1)
-            return super().read(epoch, step)
+            return super().read(epoch, step, steps)
 
     monkeypatch.setattr(streaming, "TaskReader", Doomed)
     monkeypatch.setattr(streaming, "DEATHS_IN_A_ROW", 2)

@@ -1,0 +1,107 @@
+"""Row groups as columns of numbers: decoded without a copy where Arrow allows it, and refused where they are wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from metatrain.data.columns import Stored, feature_column, jagged, numbers
+from metatrain.data.schema import Feature, Level
+from metatrain.data.shards import REMEDY
+from metatrain.errors import DatasetError
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """n tasks in their stored order, E events behind one another, of which C are of the item set."""
+
+    offsets: np.ndarray  # int64 [n + 1]: events of the item set before each task
+    counted: np.ndarray | None  # int64 [C]: which events are of the item set; None: all (C = E)
+    items: np.ndarray  # int [E]: catalogue rows
+    labels: np.ndarray  # float32 [E]
+    timestamps: np.ndarray  # int64 [E]
+    task_features: dict[str, Stored]  # n rows
+    event_features: dict[str, Stored]  # E rows
+    keys: pa.Array | None  # [n]
+
+
+class Decoder:
+    """Decodes what is asked for of a split's row groups.
+
+    Args:
+        features: The features to read, by level.
+        catalogue_rows: Items of the catalogue.
+        counts: Whether an item is of the item set: bool [catalogue_rows]. None: all are.
+        keys: Whether the tasks' keys are read.
+    """
+
+    def __init__(
+        self,
+        features: dict[Level, tuple[Feature, ...]],
+        catalogue_rows: int,
+        counts: np.ndarray | None,
+        *,
+        keys: bool,
+    ) -> None:
+        self._features, self._catalogue_rows, self._keys = features, catalogue_rows, keys
+        self._counts = None if counts is None or counts.all() else counts
+        tasks, events = ([f.name for f in features[level]] for level in (Level.TASK, Level.EVENT))
+        own = ["items", "labels", "timestamps", *(["key"] if keys else [])]
+        #: Columns of a shard to read.
+        self.names = [*own, *(f"task:{name}" for name in tasks), *(f"event:{name}" for name in events)]
+
+    def __call__(self, table: pa.Table, place: Callable[[np.ndarray], str], row_groups: np.ndarray) -> Decoded:
+        """The columns of these row groups.
+
+        Raises:
+            DatasetError: A column is not what the manifest says; names the files, by `place`.
+        """
+        name = "items"
+        try:
+            offsets, values = jagged(_single(table[name]))
+            items = numbers(values, "integer")
+            if len(items) and (items.min() < 0 or items.max() >= self._catalogue_rows):
+                raise ValueError(f"catalogue rows below {self._catalogue_rows} were expected, not {items.max()}")
+            name = "timestamps"
+            timestamps = numbers(_values(table[name], offsets), "integer")
+            name = "labels"
+            labels = numbers(_values(table[name], offsets), "float")
+            if not np.isfinite(labels).all():
+                raise ValueError("finite numbers were expected")
+            events: dict[str, Stored] = {}
+            for feature in self._features[Level.EVENT]:
+                name = f"event:{feature.name}"
+                events[feature.name] = feature_column(_values(table[name], offsets), feature)
+            tasks: dict[str, Stored] = {}
+            for feature in self._features[Level.TASK]:
+                name = f"task:{feature.name}"
+                tasks[feature.name] = feature_column(_single(table[name]), feature)
+        except ValueError as error:
+            raise DatasetError(
+                f"A shard's column is not what the manifest says: {error}.",
+                where=f"column {name} of {place(row_groups)}",
+                remedy=REMEDY,
+            ) from error
+        counted = None
+        if self._counts is not None:
+            counted = np.flatnonzero(self._counts[items])
+            offsets = np.searchsorted(counted, offsets)
+        keys = _single(table["key"]) if self._keys else None
+        return Decoded(offsets, counted, items, labels, timestamps, tasks, events, keys)
+
+
+def _single(column: pa.ChunkedArray) -> pa.Array:
+    if not column.num_chunks:
+        return pa.array([], column.type)
+    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
+
+
+def _values(column: pa.ChunkedArray, offsets: np.ndarray) -> pa.Array:
+    """The values of an event column, whose lists must be as long as the tasks' items."""
+    own, values = jagged(_single(column))
+    if not np.array_equal(own, offsets):
+        raise ValueError("lists of one task differ in length")
+    return values
