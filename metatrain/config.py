@@ -216,8 +216,8 @@ class DataConfig(Section):
     """Row groups in a lane's shuffle window: memory against randomness."""
     readers_per_worker: Positive = 1
     """TaskReader actors that feed a worker."""
-    prefetch: Positive = 4
-    """Steps that a reader works ahead."""
+    prefetch: Positive = 16
+    """Steps that a reader works ahead. It makes up to half of them in one call, which small steps need to come fast."""
 
     @model_validator(mode="after")
     def _divides(self) -> DataConfig:

@@ -39,8 +39,9 @@ class Pieces:
 
     def keys(self) -> np.ndarray:
         """The tasks' keys in the order of the batches: str [T]."""
-        found = [self._windows[number].keys[tasks] for number, tasks, _ in chain.from_iterable(self._of_step)]
-        return np.concatenate([np.zeros(0, object), *(k.to_numpy(zero_copy_only=False) for k in found)])
+        found = [(self._windows[number].keys, tasks) for number, tasks, _ in chain.from_iterable(self._of_step)]
+        parts = [keys[tasks].to_numpy(zero_copy_only=False) for keys, tasks in found if keys is not None]
+        return np.concatenate([np.zeros(0, object), *parts])
 
     def joined(
         self, empty: Callable[[], Window], place: np.ndarray, item_features: Mapping[str, Stored]
@@ -59,8 +60,8 @@ class Pieces:
         tasks, events = [(p[0], p[1]) for p in pieces], [(p[0], p[2]) for p in pieces]
 
         def join(rows: list[tuple[int, slice]], of: Callable[[Window], Stored]) -> Any:
-            columns = [of(window) for window in windows]
-            if isinstance(columns[0], np.ndarray):
+            columns: list[Any] = [of(window) for window in windows]
+            if isinstance(columns[0], np.ndarray):  # one step of the loop a piece, so it is kept short
                 return np.concatenate([columns[number][part] for number, part in rows])
             return concatenate([cut(columns[number], part) for number, part in rows])
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -164,6 +165,41 @@ def test_every_task_once_over_workers_readers_and_restarts(tiny_dataset: Make, d
     whole.close()
 
 
+@pytest.mark.parametrize("steps", [2, 5, 100])
+def test_several_steps_at_once_are_the_same_batches(tiny_dataset: Make, steps: int):
+    one, several = reader(tiny_dataset()), reader(tiny_dataset(), read_ahead=True)
+    count = one.steps(1)
+    found: list[TaskBatch] = []
+    for step in range(0, count, steps):
+        batches = several.read_steps(1, step, min(steps, count - step), [1, 2])
+        assert len(batches) == min(steps, count - step)
+        sent = pickle.loads(pickle.dumps(batches))  # as through the object store
+        assert [plain(b) for b in sent] == [plain(b) for b in batches]
+        found += batches
+    assert [plain(b) for b in found] == [plain(one.read(1, step, [1, 2])) for step in range(count)]
+    assert [plain(b) for b in several.read_steps(1, count, 2, [0])] == [plain(one.read(1, count, [0]))] * 2
+    several.close()
+
+
+def test_tensors_of_a_batch_from_the_object_store_share_its_memory(tiny_dataset: Make):
+    batches = reader(tiny_dataset()).read_steps(0, 0, 2, range(4))
+    buffers: list[pickle.PickleBuffer] = []
+    kept = pickle.dumps(batches, protocol=5, buffer_callback=buffers.append)
+    # As Ray gives them: out of read-only memory, without a copy.
+    for batch, expected in zip(
+        pickle.loads(kept, buffers=[b.raw().toreadonly() for b in buffers]), batches, strict=True
+    ):
+        assert not batch.labels.flags.writeable
+        tensors = batch.tensors()
+        for name in ("tasks", "support_lengths", "query_lengths", "items", "event_items", "labels", "timestamps"):
+            assert getattr(tensors, name).data_ptr() == getattr(batch, name).ctypes.data
+        assert plain(tensors) == plain(expected)
+        assert tensors.task_features["zip"].dtype == torch.int64
+        labels = tensors.labels
+        del tensors, batch  # a tensor keeps the memory that it shows
+        assert labels.tolist() == expected.labels.tolist()
+
+
 def test_reads_every_row_group_once_and_keeps_one_window_a_lane(tiny_dataset: Make, monkeypatch):
     url = tiny_dataset()
     read: list[int] = []
@@ -279,10 +315,23 @@ def test_a_truncated_shard_names_its_file_also_without_the_check(tiny_dataset: M
     assert caught.value.where == path
 
 
-@pytest.mark.parametrize("place", [0.05, 0.3, 0.4])
-def test_a_garbled_shard_is_refused_and_named(tiny_dataset: Make, place: float):
+def flip_in(column: str) -> Callable[[str], None]:
+    """Changes a byte of a column's values: the last one of its first row group, behind every page's header."""
+
+    def change(path: str) -> None:
+        group = pq.ParquetFile(path).metadata.row_group(0)
+        chunk = next(c for c in map(group.column, range(group.num_columns)) if c.path_in_schema.startswith(column))
+        last = chunk.data_page_offset + chunk.total_compressed_size - 1
+        assert not chunk.has_dictionary_page
+        flip((last + 0.5) / os.path.getsize(path))(path)
+
+    return change
+
+
+@pytest.mark.parametrize("column", ["items", "labels", "task:age", "event:tags"])
+def test_a_garbled_shard_is_refused_and_named(tiny_dataset: Make, column: str):
     url = tiny_dataset(fresh=True)
-    path = broken(url, flip(place))
+    path = broken(url, flip_in(column))
     own = reader(url)
     with pytest.raises(DatasetError, match="cannot be read as Parquet") as caught:
         read_epoch(own)
