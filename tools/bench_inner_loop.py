@@ -42,7 +42,7 @@ from metatrain.meta.episode import Episodes, Examples
 from metatrain.meta.losses import event_loss, mean_over_events
 from metatrain.meta.low_rank import LowRankEngine
 from metatrain.meta.low_rank_cost import Cost, Shapes, choose, low_rank_cost
-from metatrain.meta.low_rank_products import multiply
+from metatrain.meta.low_rank_products import accumulate, multiply
 from metatrain.model.learners.mlp import MLP
 
 RATE, QUERY, HIDDEN = 0.01, 10, (64, 64)
@@ -150,16 +150,14 @@ def make_case(width: int, steps: int, support: int, tasks: int, peers: dict[str,
 
 
 def _ceilings(width: int, support: int) -> dict[str, tuple[Callable[[], object], float]]:
-    """The two kinds of product alone, at this case's shapes: what to run, and its operations."""
+    """The kinds of product alone, at this case's shapes: what to run, and its operations."""
     h, tasks = HIDDEN[0], 64
-    x, w, out = (
-        torch.randn(tasks * (support + QUERY), width),
-        torch.randn(width, h),
-        torch.empty(tasks * (support + QUERY), h),
-    )
+    events = tasks * (support + QUERY)
+    x, w, out, d_w = torch.randn(events, width), torch.randn(h, width), torch.empty(events, h), torch.zeros(h, width)
     a, b, c = torch.randn(tasks, support, h), torch.randn(tasks, h, h), torch.empty(tasks, support, h)
     return {
-        "shared": (lambda: multiply(x, w, out=out), 2.0 * x.numel() * h),
+        "forward": (lambda: multiply(x, w.t(), out=out), 2.0 * x.numel() * h),
+        "weights": (lambda: accumulate(d_w, out.t(), x), 2.0 * x.numel() * h),
         "batched": (lambda: torch.bmm(a, b, out=c), 2.0 * a.numel() * h),
     }
 
@@ -197,7 +195,9 @@ def measure(case: Case, rounds: int, threads: int) -> list[dict[str, object]]:
                 run()
                 seconds[name].append((time.perf_counter() - start) / operations)
     middle = {name: statistics.median(times) for name, times in seconds.items()}
-    floor = case.cost.shared * middle["shared"] + case.cost.batched * middle["batched"]
+    # Of the products with shared weights half go forward, half give the weights' gradient.
+    shared = (middle["forward"] + middle["weights"]) / 2
+    floor = case.cost.shared * shared + case.cost.batched * middle["batched"]
     return [
         {
             "engine": name,

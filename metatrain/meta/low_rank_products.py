@@ -55,6 +55,8 @@ def _onednn(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
 def _by_onednn(a: Tensor, b: Tensor) -> bool:
     if a.dtype is not torch.float32 or a.device.type != "cpu" or not prefers_onednn():
         return False
+    if not (b.is_contiguous() or b.t().is_contiguous()):
+        return False  # weights with gaps between their rows take oneDNN a hundred times as long
     return 2.0 * a.shape[0] * a.shape[1] * b.shape[1] >= _WORTH_A_CALL
 
 

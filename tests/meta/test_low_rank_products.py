@@ -50,6 +50,14 @@ def test_products_are_those_of_a_sum_over_the_inner_axis(dtype, beta):
     check()
 
 
+@pytest.mark.usefixtures("by_onednn")
+def test_weights_with_gaps_between_their_rows_are_left_to_torch(monkeypatch):
+    monkeypatch.setattr(low_rank_products, "_onednn", lambda *_: pytest.fail("too slow with such weights"))
+    a, b, out = torch.randn(3, 4), torch.randn(4, 9)[:, :5], torch.empty(3, 5)
+    multiply(a, b, out=out)
+    torch.testing.assert_close(out, torch.mm(a, b))
+
+
 @pytest.mark.parametrize(
     ("vendor", "capability", "expected"),
     [("GenuineIntel", "AVX512", False), ("AuthenticAMD", "AVX2", False), ("AuthenticAMD", "AVX512", True)],
