@@ -5,11 +5,13 @@ A file published with `write_atomic` is either wholly there or not there, also a
 
 from __future__ import annotations
 
+import io
 import os
 import posixpath
 import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import IO, Any, TypeVar, cast
 
 import fsspec
@@ -138,35 +140,56 @@ def read_text(url: str) -> str:
     return read_bytes(url).decode("utf-8")
 
 
-def write_atomic(url: str, data: bytes | str | memoryview, durable: bool = True) -> None:
+def write_atomic(url: str, data: bytes | str | memoryview) -> None:
     """Publishes a file whole: readers see the old one or the new one, never a part.
 
     On a disk: a temporary file beside it, flushed, then renamed. On an object store a put is atomic already.
-
-    Args:
-        durable: Whether it must outlive a crash of the machine. Where it need not, no time goes into flushing.
     """
     content = data.encode("utf-8") if isinstance(data, str) else data
-    fs, path = filesystem(url)
     if not is_local(url):
+        fs, path = filesystem(url)
         retried(lambda: fs.pipe_file(path, bytes(content)))
         return
 
     def publish() -> None:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        temporary = f"{path}.{uuid.uuid4().hex}.tmp"
-        try:
-            with open(temporary, "wb") as file:
-                file.write(content)
-                if durable:
-                    file.flush()
-                    os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            if os.path.exists(temporary):
-                os.unlink(temporary)
+        with _published(url, durable=True) as file:
+            file.write(content)
 
     retried(publish)
+
+
+@contextmanager
+def open_atomic(url: str) -> Iterator[IO[bytes]]:
+    """A file to write to, published whole when the block ends well, as by `write_atomic`.
+
+    For files that need not outlive a crash of the machine: no time goes into flushing them. Nor is a failed write to a
+    disk tried again.
+    """
+    if is_local(url):
+        with _published(url, durable=False) as file:
+            yield file
+        return
+    buffer = io.BytesIO()
+    yield buffer
+    fs, path = filesystem(url)
+    retried(lambda: fs.pipe_file(path, buffer.getvalue()))
+
+
+@contextmanager
+def _published(url: str, durable: bool) -> Iterator[IO[bytes]]:
+    path = filesystem(url)[1]
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
 
 
 def published_name(name: str) -> str:

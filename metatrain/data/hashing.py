@@ -15,6 +15,7 @@ Hashes = np.ndarray  # uint64 [n]
 
 _MULTIPLIER = 0x2545F4914F6CDD1D  # odd, so that its powers never vanish modulo 2^64
 _BYTE_WORDS = hashed(0x6D65746174, np.arange(256))
+_BLOCK = 1 << 15
 #: Keeps the first so many bytes of a little-endian word.
 _LOW_BYTES = np.array([(1 << (8 * n)) - 1 for n in range(9)], dtype=np.uint64)
 
@@ -46,13 +47,19 @@ def fingerprint(values: pa.Array | pa.ChunkedArray, salt: int = 0) -> Hashes:
     once they are known to differ. What is stored, or decides a split, goes through `hash_text`.
     """
     array = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+    result = np.empty(len(array), np.uint64)
+    for start in range(0, len(array), _BLOCK):  # so that what is computed on the way stays in the cache
+        result[start : start + _BLOCK] = _fingerprint(array.slice(start, _BLOCK), salt)
+    return result
+
+
+def _fingerprint(array: pa.Array, salt: int) -> Hashes:
     starts, lengths, data = _bytes(array.cast(pa.large_string()))
     # Unaligned words, one from every byte on; the padding lets the last bytes begin one too.
     padded = np.concatenate([data, np.zeros(8, np.uint8)])
     words = np.ndarray((len(data) + 1,), dtype="<u8", buffer=padded.data, strides=(1,))
     result = hashed(salt, lengths)
-    left = np.flatnonzero(lengths > 0)
-    place = 0
+    left, place = np.flatnonzero(lengths > 0), 0
     while len(left):
         rest = np.minimum(lengths[left] - place, 8)
         word = words[starts[left] + place] & _LOW_BYTES[rest]

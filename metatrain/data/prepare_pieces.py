@@ -82,6 +82,7 @@ class Partitioning:
 
         def flush(tables: list[pa.Table]) -> None:
             rows = pa.concat_tables(tables).combine_chunks()
+            tables.clear()
             name = f"{reading.kind.value}-{reading.number:06d}-{len(runs):04d}"
             owner = fingerprint(rows["key"], _PARTITION_SALT)
             if reading.kind is RowKind.EVENT:
@@ -101,7 +102,6 @@ class Partitioning:
                 held.append(table)
             if sum(t.num_rows for t in held) >= RUN_ROWS:
                 flush(held)
-                held = []
         if held:
             flush(held)
         return Piece(reading.kind, reading.number, tuple(runs), tuple(capped), tuple(items), bad)
@@ -167,14 +167,13 @@ _LEFT_OUT = pa.schema([("key", pa.string()), ("left_out", pa.int64()), ("first",
 
 
 def write_arrow(url: str, tables: Sequence[pa.Table]) -> None:
-    """Stages tables of one schema as the record batches of an Arrow file. Not flushed: a crash makes staging void."""
-    sink = pa.BufferOutputStream()
+    """Stages tables of one schema as the record batches of an Arrow file."""
     schema = tables[0].schema
-    with pa.ipc.new_file(sink, schema) as writer:
+    # Written through: held in memory, a file would double what its task holds.
+    with storage.open_atomic(url) as file, pa.ipc.new_file(file, schema) as writer:
         for table in tables:
             batches = table.combine_chunks().to_batches()
             writer.write_batch(batches[0] if batches else pa.RecordBatch.from_pylist([], schema=schema))
-    storage.write_atomic(url, memoryview(sink.getvalue()), durable=False)
 
 
 def open_arrow(url: str) -> pa.ipc.RecordBatchFileReader:

@@ -5,12 +5,14 @@ Nothing large passes through the object store: tasks meet in staged files, and g
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol, TypeVar
 
+import pyarrow as pa
 import ray
 from ray.exceptions import RayError
 from tqdm import tqdm
@@ -21,6 +23,7 @@ Work = TypeVar("Work")
 Result = TypeVar("Result")
 #: Tasks that are handed to Ray at a time, and for each of its CPUs: enough to make a cluster grow.
 _WINDOW, _WINDOW_PER_CPU = 64, 4
+_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 class Workers(Protocol):
@@ -87,10 +90,23 @@ class RayTasks:
 
 @ray.remote(max_retries=3)
 def _called(call: Callable[[Any], Any], piece: Any) -> Any:
+    _return_large_blocks()
     try:
         return call(piece)
     except MetatrainError as error:
         return error  # as a value, since Ray's wrapping would print and rename it
+    finally:
+        # The worker's next task may be of another pass, whose memory should not come on top of what this one kept.
+        pa.default_memory_pool().release_unused()
+
+
+def _return_large_blocks() -> None:
+    """Has large arrays go back to the system when they are freed.
+
+    glibc raises its threshold when it meets them and keeps what comes after: a worker grew by half with its tasks.
+    """
+    with suppress(AttributeError, OSError):  # other C libraries have no such setting
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 @contextmanager

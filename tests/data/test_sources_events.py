@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from metatrain.config import Columns, FeatureSource, ItemSplit, PrepareConfig, UserSplit
-from metatrain.data.sources import read_source
+from metatrain.data.sources import chunks, read_source
 from metatrain.errors import ConfigError, MetatrainError, SourceError
 
 FEATURES = (
@@ -66,9 +67,38 @@ def test_thousands_of_files_by_pattern_or_folder(tmp_path: Path, kind: str):
         write(tmp_path, kind, [log[0] | {"timestamp": i}], f"part-{i:05d}")
     for path in (tmp_path, tmp_path / "part-*", f"file://{tmp_path}"):
         raw = read_source(PrepareConfig(source="events", path=str(path)))
-        assert len(raw.events) <= 1024
+        assert len(raw.events) == 1  # small files are one piece of work
+        assert raw.events_estimate == pytest.approx(1100, rel=0.02 if kind == "parquet" else 1.1)
         times = [t for c in raw.events for rows in c.read() for t in rows.table["timestamp"].to_pylist()]
         assert times == list(range(1100))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "csv.gz", "jsonl"])
+@pytest.mark.parametrize("files", [3, 70])
+def test_chunks_have_like_numbers_of_rows_whatever_the_files(
+    tmp_path: Path, kind: str, files: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(chunks, "_CHUNK_ROWS", 1000)
+    rows = [{"user_id": i, "item_id": 2, "label": 3.0, "timestamp": 1_600_000_000 + i} for i in range(300)]
+    for i in range(files):
+        path = write(tmp_path, kind.removesuffix(".gz"), rows, f"part-{i:03d}")
+        if kind.endswith(".gz"):
+            (tmp_path / f"part-{i:03d}.csv.gz").write_bytes(gzip.compress(path.read_bytes()))
+            path.unlink()
+    raw = read_source(PrepareConfig(source="events", path=str(tmp_path)))
+    assert raw.events_estimate == pytest.approx(300 * files, rel=0.02)
+    found = [sum(piece.table.num_rows for piece in chunk.read()) for chunk in raw.events]
+    assert sum(found) == 300 * files
+    assert set(found[:-1]) <= {900}
+
+
+def test_large_parquet_files_are_cut_between_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(chunks, "_CHUNK_ROWS", 5)
+    write(tmp_path, "parquet", [LOG[0] | {"timestamp": i} for i in range(12)])  # of one row each
+    raw = read_source(PrepareConfig(source="events", path=str(tmp_path)))
+    times = [[t for rows in c.read() for t in rows.table["timestamp"].to_pylist()] for c in raw.events]
+    assert times == [list(range(5)), list(range(5, 10)), [10, 11]]
+    assert raw.events_estimate == 12
 
 
 def test_any_store_that_fsspec_knows():

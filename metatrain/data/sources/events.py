@@ -13,10 +13,11 @@ import pyarrow as pa
 
 from metatrain.config import FeatureSource, PrepareConfig
 from metatrain.data.sources.checks import Check
+from metatrain.data.sources.chunks import table_chunks
 from metatrain.data.sources.files import RawFile, find_files
 from metatrain.data.sources.labels import label_check, labelled
 from metatrain.data.sources.rawlog import Chunk, RawLog, Rows
-from metatrain.data.sources.tables import Wanted, column_names, table_chunks
+from metatrain.data.sources.tables import Wanted, column_names
 from metatrain.data.sources.text import missing_column
 from metatrain.errors import ConfigError
 

@@ -98,6 +98,21 @@ def _members(url: str) -> list[RawFile]:
     return [RawFile(url, n) for n in sorted(names) if not n.endswith("/") and not n.startswith("__MACOSX")]
 
 
+def file_sizes(files: Sequence[RawFile]) -> list[int]:
+    """The size of each file in bytes, unpacked from its archive; an archive is opened once."""
+    archives: dict[str, dict[str, int]] = {}
+    sizes = []
+    for file in files:
+        if file.member is None:
+            sizes.append(storage.size(file.url))
+            continue
+        if file.url not in archives:
+            with storage.open_file(file.url) as opened, zipfile.ZipFile(opened) as archive:
+                archives[file.url] = {member.filename: member.file_size for member in archive.infolist()}
+        sizes.append(archives[file.url][file.member])
+    return sizes
+
+
 def fingerprints(files: Sequence[RawFile]) -> list[str]:
     """What the files of one table hold, wherever they are and whenever they were copied there: a text each.
 

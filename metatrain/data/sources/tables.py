@@ -16,16 +16,12 @@ from metatrain.config import FeatureSource
 from metatrain.data.sources.checks import Check, bad_values, parsed, text_of
 from metatrain.data.sources.features import feature_check, feature_column
 from metatrain.data.sources.files import RawFile, table_format
-from metatrain.data.sources.rawlog import Chunk, Rows, Several
-from metatrain.data.sources.text import Layout, TextPart, missing_column, parts
+from metatrain.data.sources.rawlog import Rows
+from metatrain.data.sources.text import TextPart, missing_column
 from metatrain.errors import SourceError
 
 _BATCH_ROWS = 1 << 18
 _BLOCK_BYTES = 8 << 20
-#: Footers read when the source is opened, to cut large files into parts; with more files each is a part.
-_FEW_FILES = 64
-_ROW_GROUP_ROWS = 1 << 20
-_MOST_CHUNKS = 1024
 
 
 @dataclass(frozen=True)
@@ -251,43 +247,3 @@ def opened_parquet(file: RawFile, raw) -> pq.ParquetFile:
         raise SourceError(
             f"Not a whole Parquet file: {error}.", where=file.place, remedy="Get the file again."
         ) from error
-
-
-def table_chunks(files: list[RawFile], wanted: dict[str, Wanted], skip_bad: bool) -> tuple[list[Chunk], int]:
-    """Files as chunks for parallel reading, and about how many rows they have."""
-    chunks: list[Chunk] = []
-    rows = 0
-    for file in files:
-        kind = table_format(file)
-        if kind == "csv":
-            checks: dict[str, Check] = {}
-            for w in wanted.values():
-                checks.setdefault(w.theirs, w.check)
-            layout = Layout(checks, delimiter=delimiter_of(file))
-            found = [TextPart(file, layout, skip_bad)] if len(files) > _FEW_FILES else parts(file, layout, skip_bad)
-            chunks += [TablePart(file, wanted, skip_bad, text=part) for part in found]
-        elif kind == "parquet" and len(files) <= _FEW_FILES:
-            found_rows, spans = _row_group_spans(file)
-            rows += found_rows
-            chunks += [TablePart(file, wanted, skip_bad, row_groups=span) for span in spans]
-        else:
-            chunks.append(TablePart(file, wanted, skip_bad))
-    if not rows:
-        sample = files[:: max(len(files) // 16, 1)]
-        rows = int(sum(f.size() for f in sample) / len(sample) * len(files)) // 30
-    together = -(-len(chunks) // _MOST_CHUNKS)
-    if together > 1:
-        chunks = [Several(tuple(chunks[i : i + together])) for i in range(0, len(chunks), together)]
-    return chunks, rows
-
-
-def _row_group_spans(file: RawFile) -> tuple[int, list[tuple[int, int]]]:
-    with file.open() as raw:
-        metadata = opened_parquet(file, raw).metadata
-    spans, start, held = [], 0, 0
-    for i in range(metadata.num_row_groups):
-        held += metadata.row_group(i).num_rows
-        if held >= _ROW_GROUP_ROWS or i + 1 == metadata.num_row_groups:
-            spans.append((start, i + 1))
-            start, held = i + 1, 0
-    return metadata.num_rows, spans
