@@ -137,8 +137,9 @@ def runners(log: Path, events: int, options: argparse.Namespace) -> list[Runner]
 
     def grouped(out: Path) -> int:
         code = _CHECK.replace("OUT", str(out))
-        checked = subprocess.run([sys.executable, "-c", code], env=theirs, stdout=subprocess.PIPE, text=True, check=True)
-        total, unordered = map(int, checked.stdout.split())
+        check = [sys.executable, "-c", code]
+        checked = subprocess.run(check, env=theirs, stdout=subprocess.PIPE, text=True, check=True).stdout
+        total, unordered = map(int, checked.split())
         if unordered:
             raise SystemExit(f"DuckDB left {unordered} users out of time order")
         return total
