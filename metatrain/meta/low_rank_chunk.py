@@ -257,7 +257,7 @@ class Chunk:
 
     def _reverse_step(self, k: int) -> None:
         p, found = self.backward, self._found
-        d_rho = None if self._rows is None else self._rows.reverse_update(k, found)
+        d_rho = None if self._rows is None else self._rows.reverse_backward(k, found)
         d_g = None
         if self._first is not None:
             d_delta = self._first.reverse_backward(k, d_rho, found)

@@ -12,7 +12,6 @@ from the rows. Conventions as in `low_rank_layers`; D is the width of all adapte
 
 from __future__ import annotations
 
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 from metatrain.meta.engine import Tensors, rows_key
 from metatrain.meta.episode import Slots
 from metatrain.meta.low_rank_layers import Gradients
-from metatrain.meta.low_rank_program import Program, Rate, Workspace
+from metatrain.meta.low_rank_program import Program, Rate, Workspace, add_product_sum
 
 
 class RowFeature(NamedTuple):
@@ -58,6 +57,17 @@ def pool(rows: Tensors, support: dict[str, Slots], query: dict[str, Slots]) -> P
     return PooledRows(tuple(features), torch.cat(of_support, -1), torch.cat(of_query, -1), kernels)
 
 
+class _Moving(NamedTuple):
+    """One feature of a chunk's tasks."""
+
+    rate: str
+    columns: slice  # of r
+    of_support: Tensor  # its kernels
+    of_query: Tensor
+    b: Tensor  # B [T, S, width], in a piece of its own: batched products into columns go one task at a time
+    d_b: Tensor
+
+
 class Rows:
     """The adapted rows of a chunk's tasks, pooled.
 
@@ -76,32 +86,41 @@ class Rows:
         kernels: list[Tensor],
     ) -> None:
         self._p, self._ws, self._r_s, self._r_q = p, ws, r_s, r_q
-        ends = list(accumulate(feature.width for feature in features))
-        columns = [slice(end - feature.width, end) for feature, end in zip(features, ends, strict=True)]
-        #: Of each feature: its rate's name, its columns in r, and its two kernels.
-        self._features = [
-            (feature.rate, own, of_support, of_query)
-            for feature, own, of_support, of_query in zip(features, columns, kernels[::2], kernels[1::2], strict=True)
-        ]
-        self._b = ws("rows.b", *r_s.shape)
+        self._features: list[_Moving] = []
+        end = 0
+        for number, feature in enumerate(features):
+            shape, start, end = (*r_s.shape[:2], feature.width), end, end + feature.width
+            b, d_b = ws(f"rows.b{number}", *shape), ws(f"rows.d_b{number}", *shape)
+            of_support, of_query = kernels[2 * number : 2 * number + 2]
+            self._features.append(_Moving(feature.rate, slice(start, end), of_support, of_query, b, d_b))
         self._rho: list[Tensor] = []
+
+    def _moved(self, name: str, start: Tensor, kernels: list[Tensor]) -> Tensor:
+        """r₀ - K B of all features."""
+        parts = []
+        for number, (feature, kernel) in enumerate(zip(self._features, kernels, strict=True)):
+            shape = (*start.shape[:2], feature.b.shape[2])
+            part = self._ws(f"rows.part{number}" if len(kernels) > 1 else f"rows.{name}", *shape)
+            self._p(torch.baddbmm, start[..., feature.columns], kernel, feature.b, alpha=-1, out=part)
+            parts.append(part)
+        if len(parts) == 1:
+            return parts[0]
+        r = self._ws(f"rows.{name}", *start.shape)
+        self._p(torch.cat, parts, -1, out=r)
+        return r
 
     def forward(self, k: int) -> Tensor:
         """r [T, S, D] before step k."""
-        if k == 0:
-            return self._r_s
-        r = self._ws(f"rows.r{k}", *self._r_s.shape)
-        for _, own, kernel, _ in self._features:
-            self._p(torch.baddbmm, self._r_s[..., own], kernel, self._b[..., own], alpha=-1, out=r[..., own])
-        return r
+        return self._moved(f"r{k}", self._r_s, [f.of_support for f in self._features]) if k else self._r_s
 
     def update(self, k: int, rho: Tensor) -> None:
         """Take step k, from the support loss's gradient at r."""
-        for rate, own, _, _ in self._features:
+        for feature in self._features:
+            step, rate = rho[..., feature.columns], Rate(k, feature.rate)
             if k:
-                self._p(self._b[..., own].add_, rho[..., own], alpha=Rate(k, rate))
+                self._p(feature.b.add_, step, alpha=rate)
             else:
-                self._p(torch.mul, rho[..., own], other=Rate(k, rate), out=self._b[..., own])
+                self._p(torch.mul, step, other=rate, out=feature.b)
         self._rho.append(rho)
 
     def before(self) -> Tensor:
@@ -110,38 +129,28 @@ class Rows:
 
     def query(self) -> Tensor:
         """r [T, Q, D] after the last step."""
-        if not self._rho:
-            return self._r_q
-        r = self._ws("rows.r_q", *self._r_q.shape)
-        for _, own, _, kernel in self._features:
-            self._p(torch.baddbmm, self._r_q[..., own], kernel, self._b[..., own], alpha=-1, out=r[..., own])
-        return r
+        return self._moved("r_q", self._r_q, [f.of_query for f in self._features]) if self._rho else self._r_q
 
     def reverse_query(self, p: Program, d_r: Tensor) -> None:
         """Begin the reverse, from the adjoint of `query`."""
         self._p = p
         self._d_r_q, self._d_r_s = d_r, None
         self._d_rho = self._ws("rows.d_rho", *self._r_s.shape)
-        self._d_b = self._ws("rows.d_b", *self._r_s.shape)
         if self._rho:
-            p(self._d_b.zero_)
-            for _, own, _, kernel in self._features:
-                p(self._d_b[..., own].baddbmm_, kernel.mT, d_r[..., own], alpha=-1)
+            for f in self._features:
+                p(torch.baddbmm, f.d_b, f.of_query.mT, d_r[..., f.columns], beta=0, alpha=-1, out=f.d_b)
 
     def reverse_rates(self, k: int, found: Gradients) -> None:
         """Step k's derivative in the rates."""
-        if not found.learned:
-            return
-        terms = self._d_rho  # free until the adjoint of ρ is written there
-        self._p(torch.mul, self._d_b, self._rho[k], out=terms)
-        for rate, own, _, _ in self._features:
-            self._p(_add_sum, found.rate(k, rate), terms[..., own])
+        for f in self._features if found.learned else ():
+            terms = self._d_rho[..., f.columns]  # free until the adjoint of ρ is written there
+            self._p(add_product_sum, found.rate(k, f.rate), terms, f.d_b, self._rho[k][..., f.columns], 1.0)
 
-    def reverse_update(self, k: int, found: Gradients) -> Tensor:
-        """The adjoint of ρ at step k, [T, S, D]."""
+    def reverse_backward(self, k: int, found: Gradients) -> Tensor:
+        """From step k's update: the adjoint of ρ [T, S, D]."""
         self.reverse_rates(k, found)
-        for rate, own, _, _ in self._features:
-            self._p(torch.mul, self._d_b[..., own], other=Rate(k, rate), out=self._d_rho[..., own])
+        for f in self._features:
+            self._p(torch.mul, f.d_b, other=Rate(k, f.rate), out=self._d_rho[..., f.columns])
         return self._d_rho
 
     def reverse_forward(self, k: int, d_r: Tensor) -> None:
@@ -153,8 +162,8 @@ class Rows:
         else:
             p(self._d_r_s.add_, d_r)
         if k:
-            for _, own, kernel, _ in self._features:
-                p(self._d_b[..., own].baddbmm_, kernel.mT, d_r[..., own], alpha=-1)
+            for f in self._features:
+                p(f.d_b.baddbmm_, f.of_support.mT, d_r[..., f.columns], alpha=-1)
 
     def finish(self, d_r_s: Tensor, d_r_q: Tensor) -> None:
         """Hand over the adjoints of r₀."""
@@ -163,7 +172,3 @@ class Rows:
             self._p(d_r_s.zero_)
         else:
             self._p(d_r_s.copy_, self._d_r_s)
-
-
-def _add_sum(into: Tensor, terms: Tensor) -> None:
-    into.add_(terms.sum())

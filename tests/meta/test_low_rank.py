@@ -19,6 +19,7 @@ from metatrain.meta.engine import Engine, FastWeights, VmapEngine, rows_key
 from metatrain.meta.episode import Episodes, Examples, Slots
 from metatrain.meta.losses import event_loss, mean_over_events
 from metatrain.meta.low_rank import CannotServe, LowRankEngine
+from metatrain.meta.low_rank_products import multiply, multiply_add
 from metatrain.model.learners.mlp import MLP
 
 LOSSES = ("squared", "absolute", "huber", "binary_cross_entropy")
@@ -463,3 +464,19 @@ def test_rows_in_float32_are_within_its_rounding() -> None:
     (_, expected), (_, got) = reference(exact, "squared", 2), fused(case, "squared", 2)
     a, b = (torch.cat([g.double().flatten() for g in found]) for found in (got, expected))
     assert (a - b).norm() / b.norm() < 1e-5
+
+
+@pytest.mark.parametrize("rows", [(), ("item",), tuple(ROWS)])
+def test_products_find_their_matrices_in_one_piece(rows: tuple[str, ...]) -> None:
+    """oneDNN is a hundred times slower on a weight with longer rows, and bmm into columns goes task by task."""
+    case = make(rows=rows, norm="layer")
+    engine = LowRankEngine(case.learner, "squared")
+    fused(case, "squared", 2, engine=engine)
+    for _, recording in engine._recordings._chunks.values():
+        for program in (recording.chunk.forward, recording.chunk.backward):
+            for operation, values, options in program._calls:
+                if operation in (multiply, multiply_add):
+                    b = values[-1]
+                    assert b.is_contiguous() or b.t().is_contiguous()
+                if "bmm" in operation.__name__:
+                    assert options.get("out", getattr(operation, "__self__", None)).is_contiguous()
