@@ -83,8 +83,9 @@ def low_rank_cost(s: Shapes) -> Cost:
         # Forward over support and query; the weights' gradient, in first order from the query alone.
         shared += 2 * s.inputs * first * (events + (events if s.order == 2 else s.query))
         if s.differentiable_inputs:
-            shared += 2 * s.inputs * first * events
-            batched += 2 * s.inputs * s.support * (2 * s.support + 2 * s.query)
+            # In first order the support's inputs are constants.
+            shared += 2 * s.inputs * first * (events if s.order == 2 else s.query)
+            batched += 2 * s.inputs * s.support * (2 * events if s.order == 2 else s.query)
         if s.moves or s.skip:
             batched += 2 * s.inputs * s.support * (events if s.steps > 1 else s.query)  # the Gram matrices
         if s.moves:
@@ -103,8 +104,11 @@ def low_rank_cost(s: Shapes) -> Cost:
         if s.order == 2:
             batched += middle * unit * 6
         batched += 2 * s.query * s.support * (below + width) * (1 + back)
+    norms = len(s.hidden) if s.norm else 0
     for width in s.hidden:
         passes += s.support * width * s.steps * (10 + (12 if s.order == 2 else 0)) + 6 * s.query * width
+        if norms:
+            passes += s.support * width * s.steps * (6 + (8 if s.order == 2 else 0)) + 4 * s.query * width
     if s.skip or not s.hidden:
         wide = s.skip or s.inputs
         shared += 2 * wide * events * 2
@@ -123,7 +127,9 @@ def low_rank_cost(s: Shapes) -> Cost:
         fixed += events * (rows + s.support + 2 * width) * s.itemsize
     of_rows = (15 + 12 * len(s.rows)) if s.rows else 0
     # Replayed without autograd and dispatch of views, a call takes a third of the time.
-    calls = 0.3 * (60 + of_rows + s.steps * (25 + of_rows + 30 * len(s.hidden)) * (1 if s.order == 2 else 0.6))
+    calls = 0.3 * (
+        60 + of_rows + s.steps * (25 + of_rows + 30 * len(s.hidden) + 25 * norms) * (1 if s.order == 2 else 0.6)
+    )
     return Cost(shared, batched, passes * s.itemsize * 2.5, events * s.inputs * s.itemsize + fixed, calls)
 
 
@@ -152,12 +158,15 @@ def vmap_cost(s: Shapes) -> Cost:
     for rows, width in s.rows:
         fresh += s.steps * (s.support + rows) * width * s.itemsize * (6 if s.order == 2 else 3)
     passes = sum(s.hidden) * (s.support * s.steps * (30 if s.order == 2 else 12) + 10 * s.query)
+    norms = len(s.hidden) if s.norm else 0
+    if norms:
+        passes += sum(s.hidden) * (s.support * s.steps * (22 if s.order == 2 else 8) + 6 * s.query)
     # Layers that do not adapt are taken anew in every step, for all tasks in one product.
     events = s.support * s.steps + s.query
     for below, width in pairwise(s.below):
         shared += 2 * below * width * (3 * events if s.order == 2 else events + 2 * s.query)
         passes += 10 * width * events
-    layers_taken = len(s.hidden) + 1 + 0.5 * len(s.rows)
+    layers_taken = len(s.hidden) + 1 + 0.5 * (len(s.rows) + norms)
     calls = 100 + s.steps * layers_taken * (60 if s.order == 2 else 25)
     return Cost(shared, batched, passes * s.itemsize * 2.5, fresh, calls)
 

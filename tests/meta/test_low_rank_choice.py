@@ -105,6 +105,13 @@ def test_rows_that_adapt_count() -> None:
     assert engine._shapes(("layers.1.weight",), 3, sizes).moves
 
 
+def test_normalised_layers_count() -> None:
+    for cost in (low_rank_cost, vmap_cost):
+        assert cost(shapes(norm=True)).seconds(64) > cost(shapes()).seconds(64)
+        assert cost(shapes(norm=True, hidden=())) == cost(shapes(hidden=()))
+    assert choose(shapes(norm=True)).engine == "low_rank"
+
+
 def test_low_rank_gains_with_the_width() -> None:
     gains = [
         vmap_cost(s).seconds(64) / low_rank_cost(s).seconds(64) for s in (shapes(inputs=i) for i in (64, 256, 1024))
