@@ -20,8 +20,6 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import json
-import platform
 import statistics
 import sys
 import time
@@ -35,6 +33,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from bench_common import versions, write_json
 from peers.inner_loops import PEERS, Peer
 
 from metatrain.meta.engine import VmapEngine
@@ -235,10 +234,10 @@ def main() -> None:
     if options.peers:
         sys.path.append(str(options.peers))
     peers: dict[str, Peer] = {}
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    found_versions = versions()
     for peer in PEERS:
         try:
-            versions[peer.package] = peer.check()
+            found_versions[peer.package] = peer.check()
             peers[peer.name] = peer
         except ImportError as error:
             print(f"absent: {peer.name} ({error})")
@@ -257,19 +256,7 @@ def main() -> None:
                 f"{times:>10.1f}x {row['gradient_error']:>8.0e} {row['share_of_ceiling']:>7.0%}",
                 flush=True,
             )
-    if options.json:
-        machine = {"processor": _processor(), "cores": torch.get_num_threads(), "system": platform.platform()}
-        configuration = {k: v if isinstance(v, int | list | bool) else str(v) for k, v in vars(options).items() if v}
-        document = {"machine": machine, "versions": versions, "configuration": configuration, "rows": rows}
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    write_json(options.json, options, rows, found_versions)
 
 
 if __name__ == "__main__":

@@ -9,15 +9,17 @@ interleaved runs, the copy of oneDNN's result into the engine's buffer included.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from bench_common import write_json
 
 from metatrain.meta import low_rank_products as products
 
@@ -68,14 +70,7 @@ def main() -> None:
                 {"rows": shape[0], "inputs": shape[1], "outputs": shape[2], "product": name}
                 | {"mkl_gflops": round(mkl, 1), "onednn_gflops": round(onednn, 1), "threads": options.threads}
             )
-    if options.json:
-        document = {
-            "machine": {"system": platform.platform(), "threads": options.threads, "choice": chosen},
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "configuration": {"rounds": options.rounds, "threads": options.threads},
-            "rows": rows,
-        }
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
+    write_json(options.json, options, rows)
 
 
 if __name__ == "__main__":
