@@ -158,12 +158,14 @@ class Totals:
 
     def __init__(self, device: torch.device, laps: Laps) -> None:
         self._device, self._laps = device, laps
-        self._reset()
+        self.restart()
 
-    def _reset(self) -> None:
+    def restart(self) -> None:
+        """Forgets what was added: a new line of the curves begins now."""
         self._sums = torch.zeros(self._SUMS + len(STAGES) + 1, dtype=torch.float64, device=self._device)
         self._steps, self._clock = 0, time.monotonic()
         self._last: Outcome | None = None
+        self._laps.take()
 
     def add(self, outcome: Outcome, batch: TaskBatch) -> None:
         """Adds a step."""
@@ -195,7 +197,7 @@ class Totals:
             "speed/events_per_second": events / seconds,
             "speed/step_seconds": seconds / self._steps,
             # Shares of the time, the mean of the ranks': they add up to 1.
-            **{f"time/{name}": of_stage / sum(spent) for name, of_stage in zip(STAGES, spent, strict=True)},
+            **{f"time/{name}": of_stage / max(sum(spent), 1e-9) for name, of_stage in zip(STAGES, spent, strict=True)},
         }
-        self._reset()
+        self.restart()
         return curves, anyone_due > 0

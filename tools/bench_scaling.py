@@ -1,0 +1,165 @@
+"""Measure how preparing and training scale: from one worker to several, and from a thousand users to a million.
+
+    python tools/bench_scaling.py [RECIPE] [--workers 1 2] [--users 1000 10000 100000] [--json FILE]
+
+`--workers`: strong is the same global batch for any number of workers, weak the same number of tasks a worker. The
+rates of bench_train.py, whose ceiling shows what the workers' steps would give without readers.
+
+`--users`: items grow in proportion. Each stage's time, and the peak memory of each kind of process: what it shares
+with others (Ray's object store) left out. `tables` is what the embedding tables and their optimizer's state take in a
+worker; they grow with the items, nothing else should. The time of training is one epoch's, start and validation of
+Ray's workers included; the rate is that of the steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from bench_common import PeakMemory, changed, synthetic_recipe, write_json
+from bench_train import bench
+
+from metatrain import storage
+from metatrain.config import Config
+from metatrain.data.dataset import TaskDataset
+from metatrain.data.prepare import prepare
+from metatrain.model.metamodel import build_model
+from metatrain.train.launch import launch
+from metatrain.train.worker import Seat, Training
+
+RESULT = "rates.json"
+
+
+def over_workers(config: Config, counts: list[int], steps: int, rounds: int) -> list[dict[str, Any]]:
+    """Rows of weak and strong scaling."""
+    prepare(config.prepare, config.data.dataset, progress=False, overwrite=True)
+    tasks = config.data.tasks_per_step
+    titles = ("", "workers", "tasks/step", "tasks/s", "speed-up", "steps alone", "blocked")
+    print("\n{:>8} {:>8} {:>11} {:>10} {:>9} {:>12} {:>8}".format(*titles))
+    rows: list[dict[str, Any]] = []
+    first: dict[str, float] = {}
+    for kind, workers in [("one", counts[0]), *((k, n) for k in ("strong", "weak") for n in counts[1:])]:
+        per_step = tasks * workers // counts[0] if kind == "weak" else tasks
+        row = bench(changed(config, data={"tasks_per_step": per_step}), workers, steps, rounds)
+        first = first or row
+        for name in ("loop", "ceiling"):
+            rate = row[f"{name}_tasks_per_second"] / first[f"{name}_tasks_per_second"]
+            row[f"{name}_speed_up"] = round(rate, 3)
+        rows.append({"scaling": kind, **row})
+        print(
+            f"{kind:>8} {workers:>8} {per_step:>11} {row['loop_tasks_per_second']:>10,.0f} "
+            f"{row['loop_speed_up']:>8.2f}x {row['ceiling_speed_up']:>11.2f}x "
+            f"{row['ceiling_blocked_ms'] / row['ceiling_step_ms']:>8.1%}",
+            flush=True,
+        )
+    return rows
+
+
+def trained(config: Config, seat: Seat) -> None:
+    """What every worker does: trains, and rank 0 keeps the curves' rates."""
+    told: list[dict[str, Any]] = []
+
+    def tell(message: dict[str, Any]) -> None:
+        told.append(message)
+        seat.tell(message)
+
+    training = Training(config, Seat(seat.rank, seat.world_size, seat.device, tell))
+    try:
+        training.run()
+    finally:
+        training.close()
+    if seat.rank == 0:
+        lines = [line for line in told if "speed/tasks_per_second" in line][1:]  # the first holds the start
+        rates = {name: [line[name] for line in lines] for name in ("speed/tasks_per_second", "time/wait")}
+        storage.write_atomic(storage.join(config.run_url, RESULT), json.dumps(rates))
+
+
+def over_users(recipe: str, users: list[int], workers: int, folder: str) -> list[dict[str, Any]]:
+    """Rows of one epoch of training over so many users each."""
+    rows = []
+    for count in users:
+        config = synthetic_recipe(recipe, count, folder)
+        config = changed(config, run={"name": f"scaling-{time.time_ns()}"}, train={"workers": workers, "epochs": 1})
+        row: dict[str, Any] = {"users": count, "items": config.prepare.synthetic.items, "workers": workers}
+        with PeakMemory() as memory:
+            begun = time.perf_counter()
+            manifest = prepare(config.prepare, config.data.dataset, progress=False, overwrite=True)
+            row["prepare_seconds"] = round(time.perf_counter() - begun, 1)
+        row |= _megabytes("prepare", memory)
+        with PeakMemory() as memory:
+            begun = time.perf_counter()
+            launch(config, work=trained)
+            row["train_seconds"] = round(time.perf_counter() - begun, 1)
+        row |= _megabytes("train", memory)
+        rates = json.loads(storage.read_text(storage.join(config.run_url, RESULT)))
+        row["events"] = sum(manifest.events.values())
+        for name, values in rates.items():
+            middle = sorted(values)[len(values) // 2] if values else math.nan
+            row[name.replace("/", "_")] = round(middle, 4)
+        row["tables_mb"] = round(_table_bytes(config) / workers / 1e6, 1)
+        rows.append(row)
+        print(f"\n{count:,} users, {row['items']:,} items, {row['events']:,} events; {workers} worker(s)")
+        print(f"  prepare {row['prepare_seconds']:>8.1f} s   train {row['train_seconds']:>8.1f} s   ", end="")
+        print(f"{row['speed_tasks_per_second']:,.0f} tasks/s, {row['time_wait']:.1%} waiting, ", end="")
+        print(f"tables {row['tables_mb']:,.0f} MB a worker")
+        for name, value in row.items():
+            if name.endswith("peak_mb"):
+                print(f"  {name.removesuffix(' peak_mb'):<36} {value:>8,.0f} MB", flush=True)
+    return rows
+
+
+def _megabytes(stage: str, memory: PeakMemory) -> dict[str, float]:
+    return {f"{stage}: {role} peak_mb": round(size / 1e6, 1) for role, size in sorted(memory.peaks.items())}
+
+
+def _table_bytes(config: Config) -> int:
+    """Of all tables with their fused optimizer's state."""
+    schema = TaskDataset.open(config.data.dataset).schema
+    total = 0
+    for spec in build_model(schema, config, tables_device="meta").tables.specs:
+        state = {"sgd": 0, "rowwise_adagrad": 1, "adagrad": spec.width}[config.train.optimizer.table]
+        total += spec.rows * (spec.width + state) * torch.float32.itemsize
+    return total
+
+
+def main() -> None:
+    """Parse the command line, measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    recipe = Path(__file__).resolve().parents[1] / "configs" / "million-users.yaml"
+    parser.add_argument("recipe", nargs="?", default=str(recipe))
+    parser.add_argument("--workers", type=int, nargs="*", default=[])
+    parser.add_argument("--users", type=int, nargs="*", default=[])
+    parser.add_argument("--bench-users", type=int, default=20_000, help="users of the dataset for --workers")
+    parser.add_argument("--train-workers", type=int, default=2, help="workers for --users")
+    parser.add_argument("--steps", type=int, default=110, help="of a round, for --workers")
+    parser.add_argument("--rounds", type=int, default=3, help="for --workers")
+    parser.add_argument("--folder", help="for datasets and runs; default: one that goes afterwards")
+    parser.add_argument("--json", type=Path, help="write machine, versions, configuration and rows there")
+    options = parser.parse_args()
+    if not options.workers and not options.users:
+        options.workers, options.users = [1, 2], [1000, 10_000, 100_000]
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="metatrain-bench-") as temporary:
+        folder = options.folder or temporary
+        if options.workers:
+            config = synthetic_recipe(options.recipe, options.bench_users, folder)
+            rows += over_workers(config, options.workers, options.steps, options.rounds)
+        if options.users:
+            rows += over_users(options.recipe, options.users, options.train_workers, folder)
+        write_json(options.json, options, rows)
+
+
+if __name__ == "__main__":
+    # By its module's name: see bench_train.py.
+    import bench_scaling
+
+    bench_scaling.main()
