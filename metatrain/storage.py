@@ -162,8 +162,7 @@ def write_atomic(url: str, data: bytes | str | memoryview) -> None:
 def open_atomic(url: str) -> Iterator[IO[bytes]]:
     """A file to write to, published whole when the block ends well, as by `write_atomic`.
 
-    For files that need not outlive a crash of the machine: no time goes into flushing them. Nor is a failed write to a
-    disk tried again.
+    For files that need not outlive a crash of the machine: no time goes into flushing them. Nothing is tried again.
     """
     if is_local(url):
         with _published(url, durable=False) as file:

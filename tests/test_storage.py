@@ -35,6 +35,21 @@ def test_a_failed_publication_leaves_the_old_file_and_no_temporary_one(tmp_path,
     assert os.listdir(tmp_path) == ["file"]
 
 
+@pytest.mark.parametrize("root", ["disk", "memory://open-atomic-test"])
+def test_a_file_written_in_pieces_is_published_when_the_block_ends_well(root, tmp_path):
+    base = str(tmp_path / "a b") if root == "disk" else root
+    path = storage.join(base, "file")
+    with storage.open_atomic(path) as file:
+        file.write(b"one ")
+        file.write(b"two")
+        assert not storage.exists(path)
+    assert storage.read_bytes(path) == b"one two"
+    with pytest.raises(TypeError), storage.open_atomic(path) as file:
+        file.write("not bytes")
+    assert storage.read_bytes(path) == b"one two"
+    assert storage.list_folder(base) == ["file"]
+
+
 def test_a_transient_error_is_tried_again_and_a_final_one_is_not(monkeypatch):
     calls = []
 

@@ -169,11 +169,15 @@ _LEFT_OUT = pa.schema([("key", pa.string()), ("left_out", pa.int64()), ("first",
 def write_arrow(url: str, tables: Sequence[pa.Table]) -> None:
     """Stages tables of one schema as the record batches of an Arrow file."""
     schema = tables[0].schema
-    # Written through: held in memory, a file would double what its task holds.
-    with storage.open_atomic(url) as file, pa.ipc.new_file(file, schema) as writer:
-        for table in tables:
-            batches = table.combine_chunks().to_batches()
-            writer.write_batch(batches[0] if batches else pa.RecordBatch.from_pylist([], schema=schema))
+
+    def write() -> None:
+        # Written through: held in memory, a file would double what its task holds.
+        with storage.open_atomic(url) as file, pa.ipc.new_file(file, schema) as writer:
+            for table in tables:
+                batches = table.combine_chunks().to_batches()
+                writer.write_batch(batches[0] if batches else pa.RecordBatch.from_pylist([], schema=schema))
+
+    storage.retried(write)
 
 
 def open_arrow(url: str) -> pa.ipc.RecordBatchFileReader:

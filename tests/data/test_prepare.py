@@ -18,10 +18,12 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
+from metatrain import storage
 from metatrain.config import FeatureSource, ItemSplit, PrepareConfig, Synthetic, UserSplit
+from metatrain.data import prepare_pieces
 from metatrain.data.dataset import TaskDataset
 from metatrain.data.manifest import Manifest, Split
-from metatrain.data.prepare import _prepare, prepare, summary
+from metatrain.data.prepare import _partitions, _prepare, prepare, summary
 from metatrain.data.prepare_output import origin_of
 from metatrain.data.prepare_ray import Here, RayTasks
 from metatrain.data.schema import Level
@@ -390,6 +392,16 @@ def test_this_process_makes_the_same_dataset_as_ray_tasks(tmp_path: Path, shards
         assert (urls[0] / name).read_bytes() == (urls[1] / name).read_bytes()
 
 
+def test_an_object_store_gets_the_same_dataset_as_a_disk(tmp_path: Path):
+    config, disk, store = Log(tmp_path / "log").config(shards=3), str(tmp_path / "out"), "memory://prepared/out"
+    raw = read_source(config)
+    manifest = _prepare(Here(), config, disk, raw, origin_of(config, raw))
+    assert _prepare(Here(), config, store, raw, origin_of(config, raw)) == manifest
+    for name in files_of(manifest):
+        assert storage.read_bytes(storage.join(store, name)) == (tmp_path / "out" / name).read_bytes()
+    assert "staging" not in storage.list_folder(store)
+
+
 def test_a_small_log_starts_no_ray(tmp_path: Path):
     code = f"""
 from metatrain.config import PrepareConfig, Synthetic
@@ -402,3 +414,28 @@ print(sum(manifest.tasks.values()), ray.is_initialized())
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout == "50 False\n"
+
+
+def test_a_user_with_a_hundred_times_as_many_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(prepare_pieces, "RUN_ROWS", 200)  # a run holds far fewer rows than the user has
+    log = Log(tmp_path / "log")
+    usual = len(log.events)
+    heavy = [log.events[0] | {"user_id": "u1", "timestamp": 2000 + i, "item_id": f"i{i % 12}"} for i in range(3000)]
+    own = sum(e["user_id"] == "u1" for e in log.events)
+    log.events += heavy
+    random.Random(5).shuffle(log.events)
+    config = log.config(max_events=100, shards=3)
+    raw = read_source(config)
+    manifest = _prepare(Here(), config, str(tmp_path / "out"), raw, origin_of(config, raw))
+    assert manifest.skipped == {"oldest events beyond 100 of a user": own + 3000 - 100}
+    assert sum(manifest.events.values()) == usual - own + 100
+    kept = rows(str(tmp_path / "out"), Split(log.split["u1"]))["u1"]
+    assert kept["timestamps"] == [2000 + i for i in range(2900, 3000)]
+    keys = TaskDataset.open(str(tmp_path / "out")).catalogue.keys
+    assert [keys[i] for i in kept["items"]] == [f"i{i % 12}" for i in range(2900, 3000)]
+
+
+@pytest.mark.parametrize("events", [1, 2_000_000, 2_000_001, 30_000_000, 10**9])
+def test_no_shard_is_small_however_large_the_log(events: int):
+    partitions = _partitions(events)
+    assert partitions == 1 or 500_000 < events / partitions <= 1_000_000
