@@ -276,7 +276,14 @@ class MetaConfig(Section):
     engine: Literal["auto", "low_rank", "vmap"] = "auto"
     """Inner-loop engine: auto chooses by counted cost, and logs why. All give the same gradient."""
     chunk: NotNegative = 0
-    """Tasks adapted at a time: bounds memory. 0: all tasks of the step."""
+    """Tasks adapted at a time. 0: as many as `memory` allows."""
+    memory: Positive = 1024
+    """MiB that the inner loop of a worker may hold at a time. Lower it where a worker runs out of memory; raise it for
+    a GPU, or where `metatrain train` tells of small chunks."""
+    checkpoint_steps: NotNegative | Literal["auto"] = "auto"
+    """vmap engine: inner steps whose intermediate results are kept at a time; those of the others are computed again,
+    which takes about a third more time, and memory no longer grows with `steps`. 0: all are kept. auto: all, unless
+    fewer than 16 tasks would then fit `memory`."""
     loss: Literal["squared", "absolute", "huber", "binary_cross_entropy"] = "squared"
     """Loss of query events: ratings, or clicks."""
     inner_loss: Literal["squared", "absolute", "huber", "binary_cross_entropy"] | None = None

@@ -19,7 +19,7 @@ def identity(config: Config, dataset_fingerprint: str) -> dict[str, Any]:
     whole = config.model_dump(mode="json")
     parts: dict[str, Any] = {
         "model": {k: v for k, v in whole["model"].items() if k != "dedup"},
-        "meta": {k: v for k, v in whole["meta"].items() if k not in ("chunk", "engine")},
+        "meta": {k: v for k, v in whole["meta"].items() if k not in ("chunk", "engine", "memory", "checkpoint_steps")},
         "data": {k: whole["data"][k] for k in ("episode", "tasks_per_step", "lanes", "shuffle_row_groups")},
         "train": {k: whole["train"][k] for k in ("optimizer", "seed", "precision", "validate_every")},
         "evaluate": {k: whole["evaluate"][k] for k in ("episode", "seed")},

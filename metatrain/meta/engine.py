@@ -9,11 +9,13 @@ Symbols: T tasks, E events (padded), R rows of an adapted feature in a task (pad
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.func import functional_call, grad, vmap
 
 from metatrain.meta.episode import Examples, Slots, concatenate
@@ -100,8 +102,13 @@ class VmapEngine:
         rates: list[dict[str, Tensor]],
         support: Examples,
         rows: Tensors,
+        keep: int = 0,
     ) -> FastWeights:
         """See `Engine.adapt`.
+
+        Args:
+            keep: Steps of which intermediate results are kept at a time; those of the others are computed again in
+                the backward, from the weights between. The gradient is the same. 0: all are kept.
 
         Raises:
             ValueError: The gain of a torch.nn.LayerNorm would adapt, whose second-order gradient would be wrong.
@@ -117,10 +124,31 @@ class VmapEngine:
             return FastWeights({name: _a_copy_each(parameters[name], tasks) for name in adapted}, dict(rows))
         if self._order == 1:
             # The inner gradients are taken at detached points, so no graph of them is ever built.
-            inner = {name: p.detach() for name, p in parameters.items()}
             support = Examples(support.x.detach(), support.slots, support.labels, support.mask)
-        else:
-            inner = parameters
+        weights: Tensors = {name: parameters[name] for name in adapted}
+        # The first step starts from weights that all tasks share: one product, not T.
+        shared = True
+        keep = keep or len(rates)
+        for start in range(0, len(rates), keep):
+            few = rates[start : start + keep]
+            if keep >= len(rates):
+                weights, rows = self._steps(parameters, weights, dict(rows), few, support, shared)
+            else:
+                weights, rows = self._recomputed(parameters, weights, dict(rows), few, support, shared)
+            shared = False
+        return FastWeights(weights, dict(rows))
+
+    def _steps(
+        self,
+        parameters: Tensors,
+        weights: Tensors,
+        rows: Tensors,
+        rates: list[Tensors],
+        support: Examples,
+        shared: bool,
+    ) -> tuple[Tensors, Tensors]:
+        """Some steps from `weights`, which are `shared` by all tasks or a copy each."""
+        inner = parameters if self._order == 2 else _detached(parameters)
 
         def task_loss(
             weights: Tensors, rows: Tensors, x: Tensor, slots: dict[str, Slots], labels: Tensor, mask: Tensor
@@ -130,16 +158,37 @@ class VmapEngine:
 
         gradient = grad(task_loss, argnums=(0, 1))
         events = (support.x, support.slots, support.labels, support.mask)
-        weights: Tensors = {name: parameters[name] for name in adapted}
-        rows = dict(rows)
-        axis: int | None = None  # the first step starts from weights that all tasks share: one product, not T
         for step_rates in rates:
             at = (weights, rows) if self._order == 2 else (_detached(weights), _detached(rows))
-            by_weight, by_row = vmap(gradient, in_dims=(axis, 0, 0, 0, 0, 0))(*at, *events)
+            by_weight, by_row = vmap(gradient, in_dims=(None if shared else 0, 0, 0, 0, 0, 0))(*at, *events)
             weights = {name: weights[name] - step_rates[name] * by_weight[name] for name in weights}
             rows = {name: rows[name] - step_rates[rows_key(name)] * by_row[name] for name in rows}
-            axis = 0
-        return FastWeights(weights, rows)
+            shared = False
+        return weights, rows
+
+    def _recomputed(
+        self,
+        parameters: Tensors,
+        weights: Tensors,
+        rows: Tensors,
+        rates: list[Tensors],
+        support: Examples,
+        shared: bool,
+    ) -> tuple[Tensors, Tensors]:
+        """`_steps`, computed again in the backward in place of being kept."""
+        rest = {name: parameter for name, parameter in parameters.items() if name not in weights}
+        names = [list(tensors) for tensors in (weights, rows, rest, *rates)]
+
+        def run(x: Tensor, *flat: Tensor) -> list[Tensor]:
+            left = iter(flat)
+            weights, rows, rest, *rates = ({name: next(left) for name in of} for of in names)
+            events = Examples(x, support.slots, support.labels, support.mask)
+            found = self._steps({**rest, **weights}, weights, rows, rates, events, shared)
+            return [tensor for tensors in found for tensor in tensors.values()]
+
+        flat = [tensor for tensors in (weights, rows, rest, *rates) for tensor in tensors.values()]
+        found = iter(_Recomputed.apply(run, support.x, *flat))
+        return {name: next(found) for name in weights}, {name: next(found) for name in rows}
 
     def predict(self, parameters: Tensors, fast: FastWeights, examples: Examples) -> Tensor:
         """See `Engine.predict`."""
@@ -159,6 +208,35 @@ class VmapEngine:
             return contextlib.nullcontext()
         # The cache of casts would hold tensors of one vmap level into the next.
         return torch.autocast(device, dtype=self._precision, cache_enabled=False)
+
+
+class _Recomputed(torch.autograd.Function):
+    """(function, tensors…) → what the function returns, with nothing kept but the tensors.
+
+    torch.utils.checkpoint needs saved-tensor hooks, which torch.func refuses.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, run: Callable[..., list[Tensor]], *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        ctx.run = run
+        ctx.save_for_backward(*tensors)
+        return tuple(run(*tensors))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *by_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        needed = ctx.needs_input_grad[1:]
+        leaves = [t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, needed, strict=True)]
+        with torch.enable_grad():
+            outputs = ctx.run(*leaves)
+        pairs = [(out, by) for out, by in zip(outputs, by_output, strict=True) if out.requires_grad]
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        found = iter(
+            torch.autograd.grad([out for out, _ in pairs], wanted, [by for _, by in pairs], allow_unused=True)
+            if wanted and pairs
+            else [None] * len(wanted)
+        )
+        return None, *(next(found) if leaf.requires_grad else None for leaf in leaves)
 
 
 def _a_copy_each(parameter: Tensor, tasks: int) -> Tensor:

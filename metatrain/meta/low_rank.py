@@ -38,7 +38,9 @@ by Pᵀ. In first order the support's part is constant: only d_α and d_β are t
 what the normalisation makes of h, and `low_rank_norm` has its part.
 
 **Memory.** Gradients are taken chunk by chunk in the forward pass, in buffers kept between calls (some megabytes an
-engine and thread): fresh large tensors cost more in page faults than the arithmetic they hold.
+engine and thread, see `memory.low_rank_bytes`): fresh large tensors cost more in page faults than the arithmetic they
+hold. Of a step, outputs, slopes, gradients and the weights above the first layer are kept: a chunk of many steps has
+fewer tasks, and steps are never computed again.
 """
 
 from __future__ import annotations
@@ -53,15 +55,17 @@ from metatrain.meta import low_rank_adapt
 from metatrain.meta.engine import FastWeights, Tensors, VmapEngine
 from metatrain.meta.episode import Episodes, Examples
 from metatrain.meta.losses import EventLoss, event_loss
-from metatrain.meta.low_rank_elementwise import loss_derivatives
+from metatrain.meta.low_rank_cost import Shapes
+from metatrain.meta.low_rank_elementwise import ACTIVATIONS, loss_derivatives
 from metatrain.meta.low_rank_form import CannotServe, describe
 from metatrain.meta.low_rank_loss import AdaptedLoss, Problem, Recordings
 from metatrain.meta.low_rank_rows import RowFeature, pool
+from metatrain.meta.memory import low_rank_bytes
 
 __all__ = ["AdaptedLosses", "CannotServe", "LowRankEngine"]
 
 #: A chunk's working set: within the last-level cache's share of a process.
-CHUNK_BYTES = 32 << 20
+CHUNK_BYTES = 48 << 20
 
 
 class AdaptedLosses(NamedTuple):
@@ -81,18 +85,25 @@ class LowRankEngine:
         order: 2, or 1 for first-order MAML.
         huber_delta: For the loss of that name.
         chunk: Most tasks taken at a time; 0: as many as `CHUNK_BYTES` holds.
+        memory: Bytes that a chunk may hold, where few tasks are more than `CHUNK_BYTES`.
 
     Raises:
         CannotServe: The learner has no linear form.
     """
 
     def __init__(
-        self, learner: nn.Module, loss: str | EventLoss, order: int = 2, huber_delta: float = 1.0, chunk: int = 0
+        self,
+        learner: nn.Module,
+        loss: str | EventLoss,
+        order: int = 2,
+        huber_delta: float = 1.0,
+        chunk: int = 0,
+        memory: int = 1 << 30,
     ) -> None:
         self.form = describe(learner)
         #: Outputs of the hidden layers.
         self.widths = tuple(learner.get_parameter(names.weight).shape[0] for names in self.form.hidden)
-        self._order, self._chunk, self._huber_delta = order, chunk, huber_delta
+        self._order, self._chunk, self._memory, self._huber_delta = order, chunk, memory, huber_delta
         self._loss = event_loss(loss, huber_delta) if isinstance(loss, str) else loss
         self._derivatives = loss_derivatives(loss, huber_delta)
         self._vmap = VmapEngine(learner, self._loss, order)
@@ -160,7 +171,7 @@ class LowRankEngine:
             len(inputs),
             skips,
             features,
-            self._chunk_for(support, query, features, len(rates)),
+            self._chunk_for(adapted, episodes, len(rates)),
             torch.is_grad_enabled(),
         )
         weights = support.mask / support.mask.sum(-1, keepdim=True).clamp(min=1.0)
@@ -184,17 +195,59 @@ class LowRankEngine:
         layers = range(len(self.form.hidden))
         return next((i for i in layers if self.form.layer_parameters(i) & set(adapted)), len(layers))
 
-    def _chunk_for(self, support: Examples, query: Examples, rows: tuple[RowFeature, ...], steps: int) -> int:
-        events, queries = support.labels.shape[1], query.labels.shape[1]
-        # What a step keeps of a task: outputs, slopes and gradients of each layer, and the weights above the first.
-        kept = sum(5 * events * width for width in self.widths)
-        kept += sum(below * above for below, above in zip(self.widths, self.widths[1:], strict=False))
-        a_task = (events + queries) * support.x.shape[2]
-        if rows:
-            width = sum(feature.width for feature in rows)
-            kept += width * (2 * events + sum(self.widths[:1]))
-            a_task += (events + queries) * (width + len(rows) * events)
-        a_task += steps * kept
+    def shapes(
+        self,
+        adapted: tuple[str, ...],
+        steps: int,
+        events: tuple[int, int, int],
+        inputs: int,
+        rows: Mapping[str, tuple[int, int]],
+        differentiable: bool,
+        itemsize: int,
+    ) -> Shapes:
+        """One call's shapes.
+
+        Args:
+            adapted: Names of the parameters that adapt.
+            steps: Inner steps.
+            events: T, S and Q, padded.
+            inputs: Width of the learner's input but for the adapted features.
+            rows: Adapted feature → rows of a task, padded, and embedding width.
+            differentiable: Whether the inputs' gradient is wanted.
+            itemsize: Bytes of a number.
+        """
+        lowest = self.lowest(adapted, rows)
+        reads = (inputs, *self.widths)
+        wide, skip = reads[lowest], inputs if self.form.skip else 0
+        if lowest == len(self.widths):
+            wide, skip = wide + skip, 0
+        return Shapes(
+            *events,
+            wide,
+            self.widths[lowest:],
+            skip,
+            steps,
+            self._order,
+            differentiable,
+            itemsize,
+            reads[: lowest + 1] if lowest else (),
+            tuple(rows[name] for name in sorted(rows)),
+            not rows or any(names.weight in adapted for names in self.form.hidden),
+            bool(self.form.norms),
+        )
+
+    def task_bytes(self, shapes: Shapes) -> int:
+        """A task's share of a chunk's buffers."""
+        return low_rank_bytes(shapes, not ACTIVATIONS[self.form.activation].straight)
+
+    def _chunk_for(self, adapted: tuple[str, ...], episodes: Episodes, steps: int) -> int:
+        support = episodes.support
+        tasks, events, inputs = support.x.shape
+        of_rows = {name: (own.shape[1], own.shape[2]) for name, own in episodes.rows.items()}
+        sizes = (tasks, events, episodes.query.labels.shape[1])
+        a_task = self.task_bytes(
+            self.shapes(adapted, steps, sizes, inputs, of_rows, support.x.requires_grad, support.x.element_size())
+        )
         # Below a few tasks the calls' own time would outweigh what the cache saves.
-        fit = max(16, min(256, CHUNK_BYTES // max(1, a_task * support.x.element_size())))
+        fit = max(min(16, self._memory // a_task), min(256, CHUNK_BYTES // a_task), 1)
         return min(fit, self._chunk) if self._chunk else fit

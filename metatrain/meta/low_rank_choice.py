@@ -61,7 +61,8 @@ class ChoosingEngine:
         order: 2, or 1 for first-order MAML.
         huber_delta: For the Huber losses.
         precision: Type of the learner's products under torch.autocast; None: as its weights.
-        chunk: Most tasks whose intermediate results are held at a time; 0: no bound.
+        chunk: Most tasks whose intermediate results are held at a time; 0: no bound but `memory`.
+        memory: Bytes that the low-rank engine may hold at a time; of vmap the caller takes care.
         engine: "auto", or one of the two always.
 
     Raises:
@@ -76,6 +77,7 @@ class ChoosingEngine:
         huber_delta: float = 1.0,
         precision: torch.dtype | None = None,
         chunk: int = 0,
+        memory: int = 1 << 30,
         engine: EngineName = "auto",
     ) -> None:
         self._learner, self._asked, self._order, self._huber_delta = learner, engine, order, huber_delta
@@ -85,7 +87,7 @@ class ChoosingEngine:
         self._logged: set[tuple[int, str]] = set()
         try:
             # Also where it is not asked for: what a learner is made of tells what vmap costs.
-            self._low_rank = LowRankEngine(learner, loss, order, huber_delta, chunk)
+            self._low_rank = LowRankEngine(learner, loss, order, huber_delta, chunk, memory)
         except CannotServe as reason:
             self._refusal = f"vmap: the low-rank form can't serve: {reason}"
             if engine == "low_rank":
@@ -126,29 +128,7 @@ class ChoosingEngine:
             return Shapes(
                 tasks, support, query, inputs, (width,), 0, steps, self._order, differentiable, itemsize, (), of_rows
             )
-        form, widths = self._low_rank.form, self._low_rank.widths
-        lowest = self._low_rank.lowest(adapted, rows)
-        reads = (inputs, *widths)
-        wide = reads[lowest]
-        skip = inputs if form.skip else 0
-        if lowest == len(widths):
-            wide, skip = wide + skip, 0
-        return Shapes(
-            tasks,
-            support,
-            query,
-            wide,
-            widths[lowest:],
-            skip,
-            steps,
-            self._order,
-            differentiable,
-            itemsize,
-            reads[: lowest + 1] if lowest else (),
-            of_rows,
-            not rows or any(names.weight in adapted for names in form.hidden),
-            bool(form.norms),
-        )
+        return self._low_rank.shapes(adapted, steps, sizes[:3], inputs, rows, differentiable, itemsize)
 
     def _takes_low_rank(self, choice: Choice, level: int) -> bool:
         # One line for each engine and kind of reason: a stream of batches has many shapes.
@@ -188,13 +168,19 @@ class ChoosingEngine:
         rates: list[dict[str, Tensor]],
         episodes: Episodes,
         loss: str,
+        keep: int = 0,
     ) -> AdaptedLosses:
-        """The tasks' query losses; `loss` is the name of the query's event loss. See `LowRankEngine.query_loss`."""
+        """The tasks' query losses, see `LowRankEngine.query_loss`.
+
+        Args:
+            loss: Name of the query's event loss.
+            keep: See `VmapEngine.adapt`.
+        """
         choice = self.choice(adapted, len(rates), episodes.support, episodes.query, episodes.rows)
         if self._takes_low_rank(choice, logging.INFO) and self._low_rank is not None:
             return self._low_rank.query_loss(parameters, adapted, rates, episodes, loss)
         query, of_event = episodes.query, event_loss(loss, self._huber_delta)
-        fast = self._vmap.adapt(parameters, adapted, rates, episodes.support, episodes.rows)
+        fast = self._vmap.adapt(parameters, adapted, rates, episodes.support, episodes.rows, keep)
         scores = self._vmap.predict(parameters, fast, query)
         after = mean_over_events(of_event(scores, query.labels), query.mask)
         with torch.no_grad():

@@ -11,9 +11,10 @@ meta-gradient. Symbols: T tasks, E events (padded), R rows of an adapted feature
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,9 @@ from metatrain.meta.engine import FastWeights, Tensors, rows_key
 from metatrain.meta.episode import Episodes, Examples
 from metatrain.meta.losses import event_loss
 from metatrain.meta.low_rank_choice import ChoosingEngine, EngineName, Sizes
+from metatrain.meta.memory import Loop, Plan, plan
+
+_log = logging.getLogger(__name__)
 
 
 class QueryLoss(NamedTuple):
@@ -44,7 +48,10 @@ class MAML(nn.Module):
         learn_rates: Whether each parameter tensor has a learned rate of its own in every step.
         adapt: Shell patterns over the learner's parameter names: what adapts.
         adapt_rows: Features whose embedding rows adapt, in each task its own copy.
-        chunk: Tasks adapted at a time, 0 for all: at most one chunk's graph is in memory.
+        chunk: Tasks adapted at a time; at most one chunk's graph is in memory. 0: as many as `memory` allows.
+        memory: Bytes that the inner loop may hold at a time.
+        keep: Inner steps whose intermediate results are kept at a time where the engine is vmap, 0: all; "auto": all,
+            where `memory` allows (see `memory.plan`).
         loss, inner_loss: Names of the query's and the support's event loss (see `losses.event_loss`).
         huber_delta: For the Huber loss.
         precision: Type of the base learner's products under torch.autocast; losses stay in the labels' type.
@@ -65,6 +72,8 @@ class MAML(nn.Module):
         adapt: Iterable[str] = ("*",),
         adapt_rows: Iterable[str] = (),
         chunk: int = 0,
+        memory: int = 1 << 30,
+        keep: int | Literal["auto"] = "auto",
         loss: str = "squared",
         inner_loss: str | None = None,
         huber_delta: float = 1.0,
@@ -73,12 +82,14 @@ class MAML(nn.Module):
     ) -> None:
         super().__init__()
         self.learner = learner
-        self.steps, self.chunk = steps, chunk
+        self.steps, self.chunk, self.memory = steps, chunk, memory
+        self._keep: int | Literal["auto"] = keep
         self.adapted = matching_parameters(learner, adapt)
         self.adapt_rows = tuple(sorted(adapt_rows))
-        self._loss = loss
+        self._loss, self._order, self._precision = loss, order, precision
         event_loss(loss)  # an unknown name is refused here
-        self._engine = ChoosingEngine(learner, inner_loss or loss, order, huber_delta, precision, chunk, engine)
+        self._engine = ChoosingEngine(learner, inner_loss or loss, order, huber_delta, precision, chunk, memory, engine)
+        self._logged: set[str] = set()
         self._seconds: dict[tuple[int, int, int, int], float] = {}  # counted once: see `buckets`
         #: What the columns of `rates` belong to.
         self.rate_names = (*self.adapted, *(rows_key(name) for name in self.adapt_rows))
@@ -105,10 +116,30 @@ class MAML(nn.Module):
 
     def forward(self, episodes: Episodes) -> QueryLoss:
         """The sum of the tasks' query losses after adaptation, and each before and after."""
-        fuses = self._engine.fuses(self.adapted, self.steps, episodes)
-        if self.chunk and self.chunk < episodes.size and not fuses:
-            return self._by_chunks(episodes)
-        return self._query_loss(self._parameters_and_buffers(), self.rates, episodes)
+        if self._engine.fuses(self.adapted, self.steps, episodes):
+            return self._query_loss(self._parameters_and_buffers(), self.rates, episodes, 0)
+        plan = self.plan(Sizes.of(episodes.support, episodes.query, episodes.rows))
+        if plan.reason not in self._logged and (plan.chunk < episodes.size or plan.keep):
+            self._logged.add(plan.reason)
+            _log.log(logging.INFO if len(self._logged) == 1 else logging.DEBUG, "inner loop: %s", plan.reason)
+        if plan.chunk < episodes.size:
+            return self._by_chunks(episodes, plan)
+        return self._query_loss(self._parameters_and_buffers(), self.rates, episodes, plan.keep)
+
+    def plan(self, sizes: Sizes) -> Plan:
+        """How many tasks, and how many of their steps, the vmap engine holds at a time of such a batch."""
+        # Before the first product in bfloat16, weights and inputs are there in both types.
+        itemsize = sizes.itemsize * 3 // 2 if self._precision is not None else sizes.itemsize
+        rows = sum(count * width for count, width in sizes.rows.values())
+        return plan(
+            Loop.of(self.learner, self.adapted, self.steps, self._order, self.rates.requires_grad),
+            *sizes[:3],
+            self.memory,
+            rows=rows,
+            itemsize=itemsize,
+            chunk=self.chunk,
+            keep=self._keep,
+        )
 
     def buckets(self, support: Tensor, query: Tensor, inputs: int, row_widths: Mapping[str, int]) -> list[Bucket]:
         """How to pad tasks for `forward`.
@@ -129,9 +160,9 @@ class MAML(nn.Module):
 
         return cut(support, query, seconds)
 
-    def _query_loss(self, parameters: Tensors, rates: Tensor, episodes: Episodes) -> QueryLoss:
+    def _query_loss(self, parameters: Tensors, rates: Tensor, episodes: Episodes, keep: int) -> QueryLoss:
         steps = self._step_rates(rates, self.steps)
-        return QueryLoss(*self._engine.query_loss(parameters, self.adapted, steps, episodes, self._loss))
+        return QueryLoss(*self._engine.query_loss(parameters, self.adapted, steps, episodes, self._loss, keep))
 
     def _adapt(
         self, parameters: Tensors, rates: Tensor, support: Examples, rows: Tensors, steps: int | None = None
@@ -145,7 +176,7 @@ class MAML(nn.Module):
     def _parameters_and_buffers(self) -> Tensors:
         return {**dict(self.learner.named_parameters()), **dict(self.learner.named_buffers())}
 
-    def _by_chunks(self, episodes: Episodes) -> QueryLoss:
+    def _by_chunks(self, episodes: Episodes, plan: Plan) -> QueryLoss:
         parameters = self._parameters_and_buffers()
         names, features = list(parameters), list(episodes.rows)
         support, query = episodes.support, episodes.query
@@ -162,11 +193,12 @@ class MAML(nn.Module):
                     Examples(x_query, of_query.slots, of_query.labels, of_query.mask),
                     dict(zip(features, rows, strict=True)),
                 ),
+                plan.keep,
             )
 
         shared = [self.rates, *parameters.values()]
         own = [support.x, query.x, *episodes.rows.values()]
-        total, after, before = _ChunkedLoss.apply(part, self.chunk, len(shared), *shared, *own)
+        total, after, before = _ChunkedLoss.apply(part, plan.chunk, len(shared), *shared, *own)
         return QueryLoss(total, after, before)
 
 

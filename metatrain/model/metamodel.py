@@ -24,6 +24,7 @@ from metatrain.errors import ConfigError
 from metatrain.meta.buckets import Bucket
 from metatrain.meta.engine import FastWeights
 from metatrain.meta.episode import Examples, Slots
+from metatrain.meta.low_rank_choice import Sizes
 from metatrain.meta.maml import MAML
 from metatrain.model.features import Assembled, Featurizer
 from metatrain.model.learners.mlp import MLP
@@ -222,9 +223,9 @@ class MetaModel(nn.Module):
         return self.featurizer.assemble(batch, self.tables(ids), ids, buckets)
 
     def _in_chunks(self, query: Examples, fast: FastWeights, support: Examples | None) -> Tensor:
-        """Scores of the query, adapted on the support where one is given, at most `meta.chunk` tasks at a time."""
+        """Scores of the query, adapted on the support where one is given, as many tasks at a time as in training."""
         tasks = query.labels.shape[0]
-        chunk = self.meta.chunk or tasks
+        chunk = max(1, self.meta.plan(Sizes.of(query if support is None else support, query, fast.rows)).chunk)
         parts = []
         for start in range(0, tasks, chunk):
             own = fast.tasks(start, start + chunk)
@@ -282,6 +283,8 @@ def build_model(
                 adapt=meta.adapt,
                 adapt_rows=meta.adapt_rows,
                 chunk=meta.chunk,
+                memory=meta.memory << 20,
+                keep=meta.checkpoint_steps,
                 loss=meta.loss,
                 inner_loss=meta.inner_loss,
                 huber_delta=meta.huber_delta,
