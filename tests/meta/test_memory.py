@@ -80,22 +80,15 @@ SHAPES = [
 ]
 
 
+def case(shape: tuple, engine: str, tasks: int) -> tuple[MAML, Episodes]:
+    width, hidden, support, query, steps, order, adapt, skip, learned, rows, norm = shape
+    settings = {"steps": steps, "order": order, "adapt": (adapt,), "learn_rates": learned, "norm": norm}
+    return maml_of(width, hidden, rows, skip, engine=engine, **settings), batch(tasks, support, query, width, rows)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_counted_memory_of_vmap_is_near_the_measured_peak(shape: tuple) -> None:
-    width, hidden, support, query, steps, order, adapt, skip, learned, rows, norm = shape
-    maml = maml_of(
-        width,
-        hidden,
-        rows,
-        skip,
-        steps=steps,
-        order=order,
-        adapt=(adapt,),
-        learn_rates=learned,
-        norm=norm,
-        engine="vmap",
-    )
-    episodes = batch(8, support, query, width, rows)
+    maml, episodes = case(shape, "vmap", 8)
     gradients(maml, episodes)
     counted = maml.plan(Sizes.of(episodes.support, episodes.query, episodes.rows)).bytes
     assert counted / 1.5 <= peak_bytes(lambda: gradients(maml, episodes)) <= counted * 1.5
@@ -103,28 +96,15 @@ def test_counted_memory_of_vmap_is_near_the_measured_peak(shape: tuple) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_counted_memory_of_low_rank_is_near_its_buffers(shape: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
-    width, hidden, support, query, steps, order, adapt, skip, learned, rows, norm = shape
     made: list[Recordings] = []
     own = Recordings.__init__
     monkeypatch.setattr(Recordings, "__init__", lambda self: (own(self), made.append(self))[0])
-    maml = maml_of(
-        width,
-        hidden,
-        rows,
-        skip,
-        steps=steps,
-        order=order,
-        adapt=(adapt,),
-        learn_rates=learned,
-        norm=norm,
-        engine="low_rank",
-    )
-    episodes = batch(16, support, query, width, rows)
+    maml, episodes = case(shape, "low_rank", 16)
     gradients(maml, episodes)
     engine = maml._engine._low_rank
     assert engine is not None
     sizes = Sizes.of(episodes.support, episodes.query, episodes.rows)
-    counted = 16 * engine.task_bytes(maml._engine._shapes(maml.adapted, steps, sizes))
+    counted = 16 * engine.task_bytes(maml._engine._shapes(maml.adapted, maml.steps, sizes))
     held = sum(
         flat.nbytes
         for recordings in made
@@ -154,7 +134,7 @@ def test_a_budget_is_kept_by_smaller_chunks() -> None:
 
 @pytest.mark.parametrize("rows", [{}, ITEM])
 @pytest.mark.parametrize("order", [1, 2])
-@pytest.mark.parametrize("keep", [1, 2, 3, 4, 7, 9])
+@pytest.mark.parametrize("keep", [1, 3, 9])
 @pytest.mark.parametrize("chunk", [0, 3])
 def test_steps_computed_again_give_the_same_gradient(rows: dict, order: int, keep: int, chunk: int) -> None:
     found = []
