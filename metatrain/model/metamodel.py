@@ -1,6 +1,6 @@
 """The whole model: tables, features, and a meta-learner around a base learner. Its forward is the whole meta-loss.
 
-The same module trains (after `tables.distribute`), and scores without any process group: `build_model`, load the
+The same module trains (after `sharding.distribute`), and scores without any process group: `build_model`, load the
 checkpoint's tensors, then `adapted_scores`, or `adapt` once and `score_items` as often as needed.
 
 Symbols: T tasks, Q query events (padded), C candidates.
@@ -254,7 +254,7 @@ def build_model(
         schema: The dataset's.
         config: The recipe.
         device: Where the model computes.
-        tables_device: "meta" for a model that `tables.distribute` will shard. Default: `device`.
+        tables_device: "meta" for a model that `sharding.distribute` will shard. Default: `device`.
 
     Raises:
         ConfigError: A feature, pattern or loss that doesn't fit the dataset or the base learner.

@@ -18,7 +18,7 @@ from metatrain.data.manifest import ItemSet, Split
 from metatrain.data.reader import BatchReader
 from metatrain.meta.maml import MAML
 from metatrain.model.metamodel import Asked, MetaModel, StepOutput
-from metatrain.model.tables import Distributed
+from metatrain.model.sharding import Distributed
 from metatrain.observe.laps import STAGES, Laps
 from metatrain.train.outer import DenseOptimizer, rate_share
 

@@ -24,7 +24,7 @@ from metatrain.data.plan import lanes_of
 from metatrain.data.stream import TaskStream
 from metatrain.errors import TrainingError
 from metatrain.model.metamodel import build_model
-from metatrain.model.tables import OPTIMIZER_PREFIX, distribute
+from metatrain.model.sharding import OPTIMIZER_PREFIX, distribute
 from metatrain.observe.laps import Laps
 from metatrain.observe.tensorboard import Board
 from metatrain.train.early_stopping import Patience

@@ -22,7 +22,7 @@ from metatrain.config import Config
 from metatrain.data.batch import TaskBatch
 from metatrain.data.schema import LabelKind
 from metatrain.model.metamodel import MetaModel, build_model
-from metatrain.model.tables import distribute
+from metatrain.model.sharding import distribute
 
 TOLERANCE = 1e-5
 # A power of two, so large that the float32 rounding of the updated row does not hide the gradient.

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from metatrain.config import Config
 from metatrain.model.metamodel import build_model
-from metatrain.model.tables import distribute
+from metatrain.model.sharding import distribute
 from metatrain.observe.laps import Laps
 from metatrain.train.outer import DenseOptimizer
 from metatrain.train.step import OuterLoop

@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor
 
 from metatrain.config import Config, OptimizerConfig
 from metatrain.model.metamodel import build_model
-from metatrain.model.tables import OPTIMIZER_PREFIX, Tables, TableSpec, distribute
+from metatrain.model.sharding import OPTIMIZER_PREFIX, distribute
+from metatrain.model.tables import Tables, TableSpec
 
 # 11 rows divide by neither 2 nor 3; the table of one row leaves ranks without any.
 SPECS = (
