@@ -31,7 +31,8 @@ def watch():
         time.sleep(0.002)
 
 threading.Thread(target=watch, daemon=True).start()
-prepare.prepare(PrepareConfig(source="events", path=sys.argv[1], min_events=1, max_events=500), sys.argv[2], progress=False)
+config = PrepareConfig(source="events", path=sys.argv[1], min_events=1, max_events=500)
+prepare.prepare(config, sys.argv[2], progress=False)
 print(peak)
 """
 
