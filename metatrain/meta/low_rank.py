@@ -120,7 +120,10 @@ class LowRankEngine:
         """See `Engine.adapt`."""
         if not rates or not (adapted or rows):
             return self._vmap.adapt(parameters, adapted, rates, support, rows)
-        return low_rank_adapt.adapt(self.form, parameters, adapted, rates, support, rows, self._loss, self._order)
+        lowest = self.lowest(adapted, rows)
+        return low_rank_adapt.adapt(
+            self.form, parameters, adapted, rates, support, rows, self._loss, self._order, lowest
+        )
 
     def predict(self, parameters: Tensors, fast: FastWeights, examples: Examples) -> Tensor:
         """See `Engine.predict`."""

@@ -20,57 +20,117 @@ from metatrain.meta.low_rank_form import LinearForm, LinearNames, NormNames
 from metatrain.meta.low_rank_rows import pooling
 
 
-class _Layer:
-    """A linear layer with factors: W₀ - Σ α δᵀ z, and b₀ - Σ β Σ δ."""
+class _Fixed:
+    """Columns of a weight over inputs x that never change: x Wₖᵀ = x W₀ᵀ - (x xᵀ) A, with A the sum of α δ."""
 
-    def __init__(self, names: LinearNames, parameters: Tensors, adapted: frozenset[str]) -> None:
-        self.names = names
-        self._weight = parameters[names.weight]
-        self._bias = None if names.bias is None else parameters[names.bias]
-        self._adapts = (names.weight in adapted, names.bias in adapted)
-        self._inputs: list[Tensor] = []
+    def __init__(self, weight: Tensor, x: Tensor) -> None:
+        self._weight, self._x, self._base = weight, x, functional.linear(x, weight)
+        self._gram: Tensor | None = None  # x xᵀ, where a second step reads it
+        self._a: Tensor | None = None
         self._deltas: list[Tensor] = []
-        self._scaled: list[Tensor] = []  # α δ
-        self._moved: Tensor | None = None  # Σ β Σ δ [T, 1, O]
-        self._steps: list[dict[str, Tensor]] = []
+
+    def forward(self, _: Tensor) -> Tensor:
+        if self._a is None:
+            return self._base
+        self._gram = self._x @ self._x.mT if self._gram is None else self._gram
+        return self._base - self._gram @ self._a
+
+    def step(self, _: Tensor, delta: Tensor, rate: Tensor) -> None:
+        self._deltas.append(delta)
+        self._a = rate * delta if self._a is None else self._a + rate * delta
+
+    def now(self) -> Tensor:
+        return self._weight if self._a is None else self._weight - self._a.mT @ self._x
+
+    def by_rates(self, weight: Tensor, rates: list[Tensor]) -> Tensor:
+        """`now`, from that start and by those rates, differentiable to both alone."""
+        a = torch.stack([rate * delta for rate, delta in zip(rates, self._deltas, strict=True)]).sum(0)
+        return weight - a.mT @ self._x
+
+
+class _Moving:
+    """Columns over inputs that change from step to step: a weight a task from step 1 on."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._w = weight  # [O, I], then [T, O, I]
+        self._taken: list[tuple[Tensor, Tensor]] = []
 
     def forward(self, z: Tensor) -> Tensor:
-        out = functional.linear(z, self._weight, self._bias)
-        if self._scaled:
-            out = out - (z @ torch.cat(self._inputs, 1).mT) @ torch.cat(self._scaled, 1)
-        return out if self._moved is None else out - self._moved
+        return functional.linear(z, self._w) if self._w.dim() == 2 else z @ self._w.mT
 
-    def backward(self, delta: Tensor, columns: slice = slice(None)) -> Tensor:
-        """The gradient at those columns of the inputs."""
-        out = delta @ self._weight[:, columns]
-        if self._scaled:
-            out = out - (delta @ torch.cat(self._scaled, 1).mT) @ torch.cat(self._inputs, 1)[..., columns]
-        return out
+    def backward(self, delta: Tensor) -> Tensor:
+        return delta @ self._w
 
-    def update(self, z: Tensor, delta: Tensor, rates: dict[str, Tensor], constant: bool) -> None:
-        self._steps.append(rates)
-        self._inputs.append(z)
-        self._deltas.append(delta)
+    def step(self, z: Tensor, delta: Tensor, rate: Tensor) -> None:
+        self._taken.append((z, delta))
+        self._w = self._w - (rate * delta).mT @ z
+
+    def now(self) -> Tensor:
+        return self._w
+
+    def by_rates(self, weight: Tensor, rates: list[Tensor]) -> Tensor:
+        """As of `_Fixed`."""
+        scaled = [rate * delta for rate, (_, delta) in zip(rates, self._taken, strict=True)]
+        return weight - torch.cat(scaled, 1).mT @ torch.cat([z for z, _ in self._taken], 1)
+
+
+class _Layer:
+    """A linear layer over several inputs side by side, some of which never change.
+
+    Args:
+        widths: Of the inputs, in the order of the weight's columns.
+        fixed: What never changes, None where the input moves.
+    """
+
+    def __init__(
+        self,
+        names: LinearNames,
+        parameters: Tensors,
+        adapted: frozenset[str],
+        widths: list[int],
+        fixed: list[Tensor | None],
+    ) -> None:
+        self._names, self._widths = names, widths
+        columns = parameters[names.weight].split(widths, 1)
+        self.parts = [_Moving(w) if x is None else _Fixed(w, x) for w, x in zip(columns, fixed, strict=True)]
+        self._bias = None if names.bias is None else parameters[names.bias]  # [O], then [T, 1, O]
+        self._adapts = (names.weight in adapted, names.bias in adapted)
+        self._sums: list[Tensor] = []
+
+    def forward(self, inputs: list[Tensor]) -> Tensor:
+        first, *others = (part.forward(z) for part, z in zip(self.parts, inputs, strict=True))
+        out = sum(others, first)
+        return out if self._bias is None else out + self._bias
+
+    def backward(self, part: int, delta: Tensor) -> Tensor:
+        """The gradient at an input that moves."""
+        moving = self.parts[part]
+        assert isinstance(moving, _Moving)
+        return moving.backward(delta)
+
+    def update(self, inputs: list[Tensor], delta: Tensor, rates: dict[str, Tensor]) -> None:
         if self._adapts[0]:
-            rate = rates[self.names.weight]
-            self._scaled.append(delta * (rate.detach() if constant else rate))
-        if self._adapts[1] and self.names.bias is not None:
-            rate = rates[self.names.bias]
-            step = delta.sum(1, keepdim=True) * (rate.detach() if constant else rate)
-            self._moved = step if self._moved is None else self._moved + step
+            for part, z in zip(self.parts, inputs, strict=True):
+                part.step(z, delta, rates[self._names.weight])
+        if self._adapts[1] and self._bias is not None and self._names.bias is not None:
+            self._sums.append(delta.sum(1, keepdim=True))
+            self._bias = self._bias - rates[self._names.bias] * self._sums[-1]
 
-    def fast_weights(self, parameters: Tensors) -> Tensors:
-        """The adapted parameters, by the rates themselves: in first order they are all that is differentiable."""
-        found = {}
+    def fast_weights(self, parameters: Tensors, rates: list[dict[str, Tensor]] | None) -> Tensors:
+        """What adapts; with `rates`, written anew from these parameters by these rates."""
+        found: Tensors = {}
+        name = self._names.weight
         if self._adapts[0]:
-            scaled = [d * r[self.names.weight] for d, r in zip(self._deltas, self._steps, strict=True)]
-            found[self.names.weight] = parameters[self.names.weight] - torch.cat(scaled, 1).mT @ torch.cat(
-                self._inputs, 1
-            )
-        name = self.names.bias
-        if self._adapts[1] and name is not None:
-            sums = [d.sum(1) * r[name] for d, r in zip(self._deltas, self._steps, strict=True)]
-            found[name] = parameters[name] - torch.stack(sums).sum(0)
+            columns = [part.now() for part in self.parts]
+            if rates is not None:
+                starts, own = parameters[name].split(self._widths, 1), [step[name] for step in rates]
+                columns = [part.by_rates(start, own) for part, start in zip(self.parts, starts, strict=True)]
+            found[name] = torch.cat(columns, -1)
+        name = self._names.bias
+        if self._adapts[1] and self._bias is not None and name is not None:
+            found[name] = self._bias.squeeze(1)
+            if rates is not None:
+                found[name] = parameters[name] - _weighted(self._sums, [step[name] for step in rates]).squeeze(1)
         return found
 
 
@@ -94,20 +154,20 @@ class _Norm:
         """The gradient at h, from that at the output."""
         return _pull(self._normalised, h, g * self._now[self._names[0]])
 
-    def update(self, h: Tensor, g: Tensor, rates: dict[str, Tensor], constant: bool) -> None:
+    def update(self, h: Tensor, g: Tensor, rates: dict[str, Tensor]) -> None:
         for name, terms in zip(self._names, (g * self._normalised(h), g), strict=True):
             if name in self._gradients:
                 self._gradients[name].append(terms.sum(1, keepdim=True))
-                rate = rates[name].detach() if constant else rates[name]
-                self._now[name] = self._now[name] - self._gradients[name][-1] * rate
+                self._now[name] = self._now[name] - rates[name] * self._gradients[name][-1]
 
-    def fast_weights(self, parameters: Tensors, rates: list[dict[str, Tensor]]) -> Tensors:
-        """As `_Layer.fast_weights`."""
-        found = {}
-        for name, gradients in self._gradients.items():
-            by = [gradient * step[name] for gradient, step in zip(gradients, rates, strict=True)]
-            found[name] = parameters[name] - torch.stack(by).sum(0).squeeze(1)
-        return found
+    def fast_weights(self, parameters: Tensors, rates: list[dict[str, Tensor]] | None) -> Tensors:
+        """As of `_Layer`."""
+        if rates is None:
+            return {name: self._now[name].squeeze(1) for name in self._gradients}
+        return {
+            name: parameters[name] - _weighted(gradients, [step[name] for step in rates]).squeeze(1)
+            for name, gradients in self._gradients.items()
+        }
 
 
 def adapt(
@@ -119,65 +179,91 @@ def adapt(
     rows: Tensors,
     loss: EventLoss,
     order: int,
+    lowest: int,
 ) -> FastWeights:
-    """What adapts, [T, *shape], after `rates`' steps (at least one) on each task's mean support loss."""
+    """What adapts, [T, *shape], after `rates`' steps (at least one) on each task's mean support loss.
+
+    Args:
+        lowest: The lowest hidden layer whose output adapts.
+    """
     constant = order == 1
-    inner = {name: p.detach() for name, p in parameters.items()} if constant else parameters
-    fixed = support.x.detach() if constant else support.x
-    pools = {name: pooling(support.slots[name], rows[name]) for name in sorted(rows)}
-    steps_of_rows: dict[str, list[Tensor]] = {name: [] for name in pools}
-    now = {name: rows[name].detach() if constant else rows[name] for name in pools}
-    own = slice(fixed.shape[2], None)  # the rows' columns among the inputs
-    which = frozenset(adapted)
-    hidden = [_Layer(names, inner, which) for names in form.hidden]
-    norms = [_Norm(names, inner, which) for names in form.norms]
-    head = _Layer(form.head, inner, which)
-    function = ACTIVATIONS[form.activation].function
-    weights = support.mask / support.mask.sum(-1, keepdim=True).clamp(min=1.0)
+    start, rates_taken, of_rows, x = parameters, rates, {name: rows[name] for name in sorted(rows)}, support.x
+    if constant:
+        start, of_rows, x = _detached(parameters), _detached(of_rows), x.detach()
+        rates_taken = [_detached(step) for step in rates]
+    pools = {name: pooling(support.slots[name], rows[name]) for name in of_rows}
+    gradients: dict[str, list[Tensor]] = {name: [] for name in of_rows}
+    row_widths = [row.shape[2] for row in of_rows.values()]
     with torch.enable_grad() if not constant and torch.is_grad_enabled() else torch.no_grad():
-        for step in rates:
-            x = torch.cat([fixed, *(pools[name] @ now[name] for name in pools)], -1)
-            hs, ys, zs = [], [], [x]
+        below, form = form.prefix(start, x, lowest), form.above(lowest)
+        hidden, norms, head = _layers(form, start, frozenset(adapted), below, x, sum(row_widths))
+        function = ACTIVATIONS[form.activation].function
+        weights = support.mask / support.mask.sum(-1, keepdim=True).clamp(min=1.0)
+        for step in rates_taken:
+            own = [torch.cat([pools[name] @ row for name, row in of_rows.items()], -1)] if rows else []
+            inputs, hs, ys = [[below, *own]], [], []
             for i, layer in enumerate(hidden):
-                hs.append(layer.forward(zs[-1]))
-                ys.append(norms[i].forward(hs[-1]) if norms else hs[-1])
-                zs.append(function(ys[-1]))
-            seen = torch.cat([zs[-1], x], -1) if form.skip else zs[-1]
-            s = head.forward(seen).squeeze(-1)
+                hs.append(layer.forward(inputs[i]))
+                ys.append(norms[i].forward(hs[i]) if norms else hs[i])
+                inputs.append([function(ys[i])])
+            if form.skip:
+                inputs[-1] += [x, *own]
+            s = head.forward(inputs[-1]).squeeze(-1)
             if form.offset is not None:
-                s = s + inner[form.offset]
+                s = s + start[form.offset]
             delta = _pull(lambda at: loss(at, support.labels) * weights, s, torch.ones_like(s)).unsqueeze(-1)
-            deltas = [delta]
-            below = head.backward(delta, slice(zs[-1].shape[-1]))
+            rho = head.backward(-1, delta) if rows and (form.skip or not hidden) else None
+            deltas, g = [delta], head.backward(0, delta) if hidden else delta
             for i in range(len(hidden) - 1, -1, -1):
-                deltas.append(_pull(function, ys[i], below))
+                delta = _pull(function, ys[i], g)
                 if norms:
-                    g = deltas.pop()
-                    deltas.append(norms[i].backward(hs[i], g))
-                    norms[i].update(hs[i], g, step, constant)
-                below = hidden[i].backward(deltas[-1]) if i else below
-            deltas.reverse()
-            if rows:
-                rho = hidden[0].backward(deltas[0], own) if hidden else below[..., own]
-                if form.skip:
-                    rho = rho + head.backward(delta, slice(zs[-1].shape[-1] + own.start, None))
-                widths = [rows[name].shape[2] for name in pools]
-                for (name, p), gradient in zip(pools.items(), rho.split(widths, -1), strict=True):
-                    steps_of_rows[name].append(p.mT @ gradient)
-                    rate = step[rows_key(name)]
-                    now[name] = now[name] - steps_of_rows[name][-1] * (rate.detach() if constant else rate)
-            for layer, z, d in zip([*hidden, head], [*zs[: len(hidden)], seen], deltas, strict=True):
-                layer.update(z, d, step, constant)
+                    g, delta = delta, norms[i].backward(hs[i], delta)
+                    norms[i].update(hs[i], g, step)
+                deltas.append(delta)
+                g = hidden[i].backward(0, delta) if i else delta
+            if rows and hidden:
+                through = hidden[0].backward(-1, deltas[-1])
+                rho = through if rho is None else rho + through
+            for layer, z, d in zip([*hidden, head], inputs, reversed(deltas), strict=True):
+                layer.update(z, d, step)
+            if rho is not None:
+                for name, part in zip(pools, rho.split(row_widths, -1), strict=True):
+                    gradients[name].append(pools[name].mT @ part)
+                    of_rows[name] = of_rows[name] - step[rows_key(name)] * gradients[name][-1]
+    # In first order the starts and the rates are all that is differentiable: what adapts is written anew by them.
+    again = rates if constant and torch.is_grad_enabled() else None
     found: Tensors = {}
-    for layer in (*hidden, head):
-        found |= layer.fast_weights(parameters)
-    for norm in norms:
-        found |= norm.fast_weights(parameters, rates)
-    moved: Tensors = {}
-    for name, gradients in steps_of_rows.items():
-        by = [gradient * step[rows_key(name)] for gradient, step in zip(gradients, rates, strict=True)]
-        moved[name] = rows[name] - torch.stack(by).sum(0)
-    return FastWeights({name: found[name] for name in adapted}, moved)
+    for layer in (*hidden, *norms, head):
+        found |= layer.fast_weights(parameters, again)
+    if again is not None:
+        for name in of_rows:
+            of_rows[name] = rows[name] - _weighted(gradients[name], [step[rows_key(name)] for step in again])
+    return FastWeights({name: found[name] for name in adapted}, of_rows)
+
+
+def _layers(
+    form: LinearForm, parameters: Tensors, adapted: frozenset[str], below: Tensor, x: Tensor, rows: int
+) -> tuple[list[_Layer], list[_Norm], _Layer]:
+    """The layers over what never changes, `below` and, for a head that sees it, x, and over rows of that width."""
+    own: tuple[list[int], list[Tensor | None]] = ([rows], [None]) if rows else ([], [])
+    widths: list[int] = [below.shape[-1], *own[0]]
+    fixed: list[Tensor | None] = [below, *own[1]]
+    hidden = []
+    for names in form.hidden:
+        hidden.append(_Layer(names, parameters, adapted, widths, fixed))
+        widths, fixed = [parameters[names.weight].shape[0]], [None]
+    if form.skip:
+        widths, fixed = [*widths, x.shape[-1], *own[0]], [*fixed, x, *own[1]]
+    norms = [_Norm(names, parameters, adapted) for names in form.norms]
+    return hidden, norms, _Layer(form.head, parameters, adapted, widths, fixed)
+
+
+def _weighted(terms: list[Tensor], rates: list[Tensor]) -> Tensor:
+    return torch.stack([rate * term for rate, term in zip(rates, terms, strict=True)]).sum(0)
+
+
+def _detached(tensors: Tensors) -> Tensors:
+    return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
 def _pull(function: Callable[[Tensor], Tensor], at: Tensor, by: Tensor) -> Tensor:
