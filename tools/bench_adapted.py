@@ -12,10 +12,9 @@ small and odd configurations in place of the list, to try the choice where the e
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -23,6 +22,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from bench_common import versions, write_json
 
 from metatrain.meta.engine import VmapEngine, rows_key
 from metatrain.meta.episode import Episodes, Examples, Slots
@@ -183,16 +185,7 @@ def main() -> None:
         if len(rows) == 1:
             print("  ".join(row))
         print("  ".join(f"{value!s:>{len(name)}}" for name, value in row.items()), flush=True)
-    if options.json:
-        machine = {
-            "processor": platform.processor() or platform.machine(),
-            "cores": options.threads,
-            "system": platform.platform(),
-        }
-        configuration = {name: str(value) for name, value in vars(options).items()}
-        versions = {"python": platform.python_version(), "torch": torch.__version__}
-        document = {"machine": machine, "versions": versions, "configuration": configuration, "rows": rows}
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
+    write_json(options.json, options, rows, versions(["torch"]))
 
 
 if __name__ == "__main__":
