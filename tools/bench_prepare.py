@@ -167,7 +167,7 @@ def measure(events: int, options: argparse.Namespace, folder: Path) -> list[dict
     """Rows of one size."""
     log = folder / "log.parquet"
     write_log(log, events, options.items)
-    engines = runners(log, events, options)
+    engines = [r for r in runners(log, events, options) if not options.runners or r.name in options.runners]
     for _ in range(options.rounds):
         for engine in engines:
             engine.run(folder / "out")
@@ -200,6 +200,7 @@ def main() -> None:
     parser.add_argument("--events", type=int, nargs="+", default=[3_000_000, 30_000_000], help="sizes of the log")
     parser.add_argument("--items", type=int, default=200_000)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--runners", nargs="+", help="these alone, by name (default: all)")
     parser.add_argument("--duckdb", help="folder with DuckDB's package (pip install --target)")
     parser.add_argument("--folder", help="where to write logs and datasets (default: a temporary folder)")
     parser.add_argument("--json", type=Path, help="write machine, versions, configuration and rows there")
