@@ -439,3 +439,16 @@ def test_a_user_with_a_hundred_times_as_many_events(tmp_path: Path, monkeypatch:
 def test_no_shard_is_small_however_large_the_log(events: int):
     partitions = _partitions(events)
     assert partitions == 1 or 500_000 < events / partitions <= 1_000_000
+
+
+def test_a_task_whose_worker_dies_is_run_again(tmp_path: Path):
+    died = tmp_path / "died"
+
+    def once(number: int) -> int:
+        if number == 2 and not died.exists():
+            died.touch()
+            os._exit(1)
+        return number * 2
+
+    assert sorted(RayTasks(bars=False).map("", range(5), once)) == [0, 2, 4, 6, 8]
+    assert died.exists()
