@@ -69,18 +69,18 @@ def changed(config: Config, **sections: Mapping[str, Any]) -> Config:
     return Config.model_validate(raw)
 
 
-def synthetic_recipe(recipe: str, users: int, folder: str) -> Config:
-    """A recipe of the synthetic source with so many users, and items in the recipe's proportion; its dataset and runs
-    in `folder`."""
+def synthetic_recipe(recipe: str, users: int, folder: str, items: int = 0) -> Config:
+    """A recipe of the synthetic source with so many users, and items in the recipe's proportion where their number is
+    not given; its dataset and runs in `folder`."""
     config = load_config(recipe)
     made = config.prepare.synthetic
-    items = max(200, round(made.items * users / made.users))
+    items = items or max(200, round(made.items * users / made.users))
     synthetic = made.model_copy(update={"users": users, "items": items})
     return changed(
         config,
         run={"storage": storage.join(folder, "runs")},
         prepare={"source": "synthetic", "synthetic": synthetic.model_dump()},
-        data={"dataset": storage.join(folder, f"users-{users}")},
+        data={"dataset": storage.join(folder, f"users-{users}-items-{items}")},
     )
 
 

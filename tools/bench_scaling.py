@@ -5,10 +5,11 @@
 `--workers`: strong is the same global batch for any number of workers, weak the same number of tasks a worker. The
 rates of bench_train.py, whose ceiling shows what the workers' steps would give without readers.
 
-`--users`: items grow in proportion. Each stage's time, and the peak memory of each kind of process: what it shares
-with others (Ray's object store) left out. `tables` is what the embedding tables and their optimizer's state take in a
-worker; they grow with the items, nothing else should. The time of training is one epoch's, start and validation of
-Ray's workers included; the rate is that of the steps.
+`--users`: items grow in proportion, or are `--items`, for all sizes the same: tables and the catalogue grow with the
+items, nothing should with the users. Row groups have 1,024 tasks, as a large dataset's have by default. Each stage's
+time, and the peak memory of each kind of process: what it shares with others (Ray's object store) left out. `tables`
+is what the embedding tables and their optimizer's state take in a worker. The time of training is one epoch's, the
+start of Ray's workers and validation included; the rate is that of the steps.
 """
 
 from __future__ import annotations
@@ -83,12 +84,16 @@ def trained(config: Config, seat: Seat) -> None:
         storage.write_atomic(storage.join(config.run_url, RESULT), json.dumps(rates))
 
 
-def over_users(recipe: str, users: list[int], workers: int, folder: str) -> list[dict[str, Any]]:
+def over_users(recipe: str, users: list[int], items: int, workers: int, folder: str) -> list[dict[str, Any]]:
     """Rows of one epoch of training over so many users each."""
     rows = []
     for count in users:
-        config = synthetic_recipe(recipe, count, folder)
-        config = changed(config, run={"name": f"scaling-{time.time_ns()}"}, train={"workers": workers, "epochs": 1})
+        config = changed(
+            synthetic_recipe(recipe, count, folder, items),
+            run={"name": f"scaling-{time.time_ns()}"},
+            prepare={"row_group_tasks": 1024},
+            train={"workers": workers, "epochs": 1},
+        )
         row: dict[str, Any] = {"users": count, "items": config.prepare.synthetic.items, "workers": workers}
         with PeakMemory() as memory:
             begun = time.perf_counter()
@@ -138,6 +143,7 @@ def main() -> None:
     parser.add_argument("recipe", nargs="?", default=str(recipe))
     parser.add_argument("--workers", type=int, nargs="*", default=[])
     parser.add_argument("--users", type=int, nargs="*", default=[])
+    parser.add_argument("--items", type=int, default=0, help="for --users; default: in the recipe's proportion")
     parser.add_argument("--bench-users", type=int, default=20_000, help="users of the dataset for --workers")
     parser.add_argument("--train-workers", type=int, default=2, help="workers for --users")
     parser.add_argument("--steps", type=int, default=110, help="of a round, for --workers")
@@ -154,7 +160,7 @@ def main() -> None:
             config = synthetic_recipe(options.recipe, options.bench_users, folder)
             rows += over_workers(config, options.workers, options.steps, options.rounds)
         if options.users:
-            rows += over_users(options.recipe, options.users, options.train_workers, folder)
+            rows += over_users(options.recipe, options.users, options.items, options.train_workers, folder)
         write_json(options.json, options, rows)
 
 

@@ -32,16 +32,26 @@ class Catalogue:
     `features` holds each item feature's column: ids [I], `Ragged` over I rows, numbers [I] or [I, width].
     """
 
-    keys: np.ndarray  # str objects [I]
-    titles: np.ndarray  # str objects or None [I]
     new: np.ndarray  # bool [I]
     features: dict[str, Column]
     training_events: np.ndarray  # int64 [I]
-    _index: pa.Array = field(repr=False)
+    _index: pa.Array = field(repr=False)  # keys
+    _titles: pa.Array = field(repr=False)
+
+    # Only those who show items need their texts as objects, which take ten times the memory.
+    @cached_property
+    def keys(self) -> np.ndarray:
+        """Keys: str objects [I]."""
+        return self._index.to_numpy(zero_copy_only=False)
+
+    @cached_property
+    def titles(self) -> np.ndarray:
+        """Titles: str objects or None [I]."""
+        return self._titles.to_numpy(zero_copy_only=False)
 
     def __len__(self) -> int:
         """Number of items, I."""
-        return len(self.keys)
+        return len(self._index)
 
     def rows_of(self, keys: Sequence[str] | np.ndarray) -> np.ndarray:
         """Catalogue rows of item keys: int64 [n], -1 where an item is unknown."""
@@ -87,14 +97,12 @@ class TaskDataset:
         """
         table = self._table("catalogue", CATALOGUE, self.manifest.catalogue_sha256)
         features = {f.name: column_arrays(table[f"item:{f.name}"], f.kind) for f in self.schema.of(Level.ITEM)}
-        keys = table["key"].combine_chunks()
         return Catalogue(
-            keys=keys.to_numpy(zero_copy_only=False),
-            titles=table["title"].combine_chunks().to_numpy(zero_copy_only=False),
             new=table["new"].to_numpy(),
             features=features,
             training_events=table["training_events"].to_numpy(),
-            _index=keys,
+            _index=table["key"].combine_chunks(),
+            _titles=table["title"].combine_chunks(),
         )
 
     def vocabulary(self, table: str) -> list[str]:
