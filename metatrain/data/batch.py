@@ -112,39 +112,41 @@ class TaskBatches:
     def __iter__(self) -> Iterator[TaskBatch]:
         """The steps' batches."""
         whole = self.columns
-        bounds = [list(pairwise(b)) for b in (self.task_bounds, self.item_bounds, self.event_bounds)]
         tasks, items, events = (
-            [
-                dict(zip(columns, rows, strict=True))
-                for rows in zip(*(_cuts(c, b) for c in columns.values()), strict=True)
-            ]
-            if columns
-            else [{}] * len(self)
-            for columns, b in zip((whole.task_features, whole.item_features, whole.event_features), bounds, strict=True)
+            [slice(*pair) for pair in pairwise(b)] for b in (self.task_bounds, self.item_bounds, self.event_bounds)
         )
-        for i, ((t, t_end), (u, u_end), (n, n_end)) in enumerate(zip(*bounds, strict=True)):
+        features = zip(
+            _of_steps(whole.task_features, tasks),
+            _of_steps(whole.item_features, items),
+            _of_steps(whole.event_features, events),
+            strict=True,
+        )
+        for t, u, n, own, skipped in zip(tasks, items, events, features, self.skipped, strict=True):
             yield TaskBatch(
-                tasks=whole.tasks[t:t_end],
-                support_lengths=whole.support_lengths[t:t_end],
-                query_lengths=whole.query_lengths[t:t_end],
-                items=whole.items[u:u_end],
-                event_items=whole.event_items[n:n_end],
-                labels=whole.labels[n:n_end],
-                timestamps=whole.timestamps[n:n_end],
-                task_features=tasks[i],
-                item_features=items[i],
-                event_features=events[i],
-                skipped=self.skipped[i],
+                whole.tasks[t],
+                whole.support_lengths[t],
+                whole.query_lengths[t],
+                whole.items[u],
+                whole.event_items[n],
+                whole.labels[n],
+                whole.timestamps[n],
+                *own,
+                skipped,
             )
 
 
-def _cuts(column: Column, bounds: list[tuple[int, int]]) -> list[Column]:
-    """The rows between each pair of bounds."""
+def _of_steps(columns: dict[str, Column], steps: list[slice]) -> list[dict[str, Column]]:
+    """The rows of each step."""
+    pieces = [_cuts(column, steps) for column in columns.values()]
+    return [dict(zip(columns, rows, strict=True)) for rows in zip(*pieces, strict=True)] or [{} for _ in steps]
+
+
+def _cuts(column: Column, steps: list[slice]) -> list[Column]:
     if not isinstance(column, Ragged):
-        return [column[start:stop] for start, stop in bounds]
+        return [column[rows] for rows in steps]
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(column.lengths)])
-    edges = [(int(offsets[start]), int(offsets[stop])) for start, stop in bounds]
-    return [
-        Ragged(column.values[low:high], column.lengths[start:stop])
-        for (low, high), (start, stop) in zip(edges, bounds, strict=True)
+    values = [
+        slice(*pair)
+        for pair in zip(*(offsets[[getattr(s, end) for s in steps]].tolist() for end in ("start", "stop")), strict=True)
     ]
+    return [Ragged(column.values[own], column.lengths[rows]) for own, rows in zip(values, steps, strict=True)]

@@ -91,12 +91,12 @@ def take(column: Stored, index: np.ndarray) -> Column:
     return column[index]
 
 
-def cut(column: Stored, rows: slice) -> Column:
+def cut(column: Stored, start: int, stop: int) -> Column:
     """Consecutive rows of a column, as a batch holds them; nothing is copied."""
     if isinstance(column, Jagged):
-        offsets = column.offsets[rows.start : rows.stop + 1]
+        offsets = column.offsets[start : stop + 1]
         return Ragged(column.values[offsets[0] : offsets[-1]], np.diff(offsets))
-    return column[rows]
+    return column[start:stop]
 
 
 def concatenate(columns: Sequence[Any]) -> Any:

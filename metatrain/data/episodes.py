@@ -79,10 +79,16 @@ def split_events(
 
 def segments(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """The positions start, start + 1, … of each segment, behind one another: int64 [sum of lengths]."""
+    if not lengths.all():
+        some = lengths > 0
+        starts, lengths = starts[some], lengths[some]
     ends = np.cumsum(lengths)
-    found = np.repeat(starts - (ends - lengths), lengths)
-    found += np.arange(len(found))
-    return found
+    # A running sum of ones with a jump where a segment begins: one array, where repeating and adding need three.
+    found = np.ones(int(ends[-1]) if len(ends) else 0, np.int64)
+    if len(found):
+        found[0] = starts[0]
+        found[ends[:-1]] += starts[1:] - starts[:-1] - lengths[:-1]
+    return np.cumsum(found, out=found)
 
 
 def _by_time(

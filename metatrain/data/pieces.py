@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from itertools import chain, pairwise
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,61 +14,45 @@ from metatrain.data.windows import Window
 
 
 class Pieces:
-    """Which consecutive tasks of which windows make each of `steps` steps."""
+    """Which consecutive tasks of which windows make each of some consecutive steps."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self) -> None:
         self._windows: list[Window] = []
-        # Of each step: the number of a window, the tasks in it, and their events. Slices are made once for all columns.
-        self._of_step: list[list[tuple[int, slice, slice]]] = [[] for _ in range(steps)]
-        self._tasks, self._events, self._skipped = (np.zeros(steps, np.int64) for _ in range(3))
+        self._bounds: list[np.ndarray] = []  # of each window, int64 [S + 1]: its places from bounds[i] on go to step i
 
     def add(self, window: Window, bounds: np.ndarray) -> None:
-        """The i-th step takes the window's places from bounds[i] to bounds[i + 1]: int64 [steps + 1]."""
-        number = len(self._windows)
+        """The i-th step takes the window's places from bounds[i] to bounds[i + 1], behind what it has."""
         self._windows.append(window)
-        tasks = window.tasks_before[bounds]
-        events = window.events_before[tasks]
-        taken = np.diff(tasks)
-        self._tasks += taken
-        self._events += np.diff(events)
-        self._skipped += np.diff(bounds) - taken
-        edges = zip(tasks.tolist(), events.tolist(), strict=True)
-        for own, ((task, event), (task_end, event_end)) in zip(self._of_step, pairwise(edges), strict=True):
-            if task < task_end:
-                own.append((number, slice(task, task_end), slice(event, event_end)))
-
-    def keys(self) -> np.ndarray:
-        """The tasks' keys in the order of the batches: str [T]."""
-        found = [(self._windows[number].keys, tasks) for number, tasks, _ in chain.from_iterable(self._of_step)]
-        parts = [keys[tasks].to_numpy(zero_copy_only=False) for keys, tasks in found if keys is not None]
-        return np.concatenate([np.zeros(0, object), *parts])
+        self._bounds.append(bounds)
 
     def joined(
-        self, empty: Callable[[], Window], place: np.ndarray, item_features: Mapping[str, Stored]
-    ) -> TaskBatches:
-        """The steps' batches.
+        self, steps: int, empty: Callable[[], Window], place: np.ndarray, item_features: Mapping[str, Stored]
+    ) -> tuple[TaskBatches, np.ndarray]:
+        """The steps' batches, and their tasks' keys: str [T] (none where keys are not read).
 
         Args:
+            steps: Number of steps, S.
             empty: Gives a window without a task, for columns of the right types where the steps have none.
             place: Scratch, int64 [catalogue rows].
             item_features: The catalogue's columns.
         """
-        windows, pieces = self._windows, list(chain.from_iterable(self._of_step))
-        if not pieces:
-            windows, pieces = [empty()], [(0, slice(0, 0), slice(0, 0))]
-        first = windows[0]
-        tasks, events = [(p[0], p[1]) for p in pieces], [(p[0], p[2]) for p in pieces]
+        windows = self._windows or [empty()]
+        places = np.array(self._bounds or [np.zeros(steps + 1, np.int64)])  # [windows, S + 1]
+        task_edges = np.array([w.tasks_before[edges] for w, edges in zip(windows, places, strict=True)])
+        event_edges = np.array([w.events_before[edges] for w, edges in zip(windows, task_edges, strict=True)])
+        skipped = (np.diff(places) - np.diff(task_edges)).sum(0).tolist()
+        task_bounds, event_bounds = _bounds(task_edges), _bounds(event_edges)
+        tasks, events = _parts(task_edges), _parts(event_edges)
 
-        def join(rows: list[tuple[int, slice]], of: Callable[[Window], Stored]) -> Any:
+        def join(parts: _Parts, of: Callable[[Window], Any]) -> Any:
             columns: list[Any] = [of(window) for window in windows]
-            if isinstance(columns[0], np.ndarray):  # one step of the loop a piece, so it is kept short
-                return np.concatenate([columns[number][part] for number, part in rows])
-            return concatenate([cut(columns[number], part) for number, part in rows])
+            if isinstance(columns[0], np.ndarray):  # one round a piece, so it is kept short
+                return np.concatenate([columns[number][start:stop] for number, start, stop in zip(*parts, strict=True)])
+            return concatenate([cut(columns[number], start, stop) for number, start, stop in zip(*parts, strict=True)])
 
-        def features(rows: list[tuple[int, slice]], of: Callable[[Window], dict[str, Stored]]) -> dict[str, Column]:
-            return {name: join(rows, lambda window, name=name: of(window)[name]) for name in of(first)}
+        def features(parts: _Parts, of: Callable[[Window], dict[str, Stored]]) -> dict[str, Column]:
+            return {name: join(parts, lambda window, name=name: of(window)[name]) for name in of(windows[0])}
 
-        event_bounds = _bounds(self._events)
         items, event_items, item_bounds = _looked_up(join(events, lambda w: w.items), event_bounds, place)
         columns = TaskBatch(
             tasks=join(tasks, lambda w: w.tasks),
@@ -81,13 +65,29 @@ class Pieces:
             task_features=features(tasks, lambda w: w.task_features),
             item_features={name: take(column, items) for name, column in item_features.items()},
             event_features=features(events, lambda w: w.event_features),
-            skipped=int(self._skipped.sum()),
+            skipped=sum(skipped),
         )
-        return TaskBatches(columns, tuple(self._skipped.tolist()), _bounds(self._tasks), item_bounds, event_bounds)
+        keys = join(tasks, lambda w: w.keys) if windows[0].keys is not None else np.zeros(0, object)
+        return TaskBatches(columns, tuple(skipped), task_bounds, item_bounds, event_bounds), keys
 
 
-def _bounds(lengths: np.ndarray) -> tuple[int, ...]:
-    return (0, *np.cumsum(lengths).tolist())
+#: Pieces in the order of the batches: number of the window, first row, end. Lists of numbers, which the garbage
+#: collector need not look through: a tuple a piece made it run for a tenth of the reader's time.
+_Parts = tuple[list[int], list[int], list[int]]
+
+
+def _parts(edges: np.ndarray) -> _Parts:
+    """The pieces between the edges [windows, S + 1] of each window, step by step."""
+    windows, steps = edges.shape[0], edges.shape[1] - 1
+    starts, stops = edges[:, :-1].T.ravel(), edges[:, 1:].T.ravel()
+    used = starts < stops
+    used[0] |= not used.any()  # one piece without a row, for the columns' types
+    return np.tile(np.arange(windows), steps)[used].tolist(), starts[used].tolist(), stops[used].tolist()
+
+
+def _bounds(edges: np.ndarray) -> tuple[int, ...]:
+    """Where each step's rows begin in the batches, and where the last one's end."""
+    return (0, *np.cumsum(np.diff(edges).sum(0)).tolist())
 
 
 def _looked_up(

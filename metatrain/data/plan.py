@@ -153,7 +153,9 @@ class EpochPlan:
             window = (group - first_group) // self.window
             low, high = self._groups(lane, window)
             base, end = int(self._tasks_before[low]), int(self._tasks_before[high])
-            found.append(Stretch(lane, window, np.clip(edges, base, end) - base))
+            found.append(
+                Stretch(lane, window, np.minimum(np.maximum(edges, base), end) - base)
+            )  # np.clip takes thrice as long
             start = end
         return found
 

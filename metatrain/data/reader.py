@@ -137,26 +137,23 @@ class BatchReader:
 
     def read_steps(self, epoch: int, step: int, steps: int, lanes: Sequence[int]) -> TaskBatches:
         """What `read` would give for `steps` consecutive steps of an epoch, at less cost a step."""
-        return self._batches(self._pieces(epoch, step, steps, lanes))
+        return self._joined(epoch, step, steps, lanes)[0]
 
     def read_keyed(self, epoch: int, step: int, lanes: Sequence[int]) -> tuple[TaskBatch, np.ndarray]:
-        """As `read`, and the tasks' keys: str [T]. Of a reader made with `keys`."""
-        pieces = self._pieces(epoch, step, 1, lanes)
-        return next(iter(self._batches(pieces))), pieces.keys()
+        """As `read`, and the tasks' keys: str [T] (none of a reader made without `keys`)."""
+        batches, keys = self._joined(epoch, step, 1, lanes)
+        return next(iter(batches)), keys
 
     def close(self) -> None:
         """Closes files and ends the read-ahead."""
         self._windows.close()
 
-    def _pieces(self, epoch: int, step: int, steps: int, lanes: Sequence[int]) -> Pieces:
-        plan, pieces = self._plan(epoch), Pieces(steps)
+    def _joined(self, epoch: int, step: int, steps: int, lanes: Sequence[int]) -> tuple[TaskBatches, np.ndarray]:
+        plan, pieces = self._plan(epoch), Pieces()
         for lane in lanes:
             for stretch in plan.stretches(lane, step, steps):
                 pieces.add(self._windows.of(plan, lane, stretch.window), stretch.bounds)
-        return pieces
-
-    def _batches(self, pieces: Pieces) -> TaskBatches:
-        return pieces.joined(lambda: self._windows.empty, self._place, self._item_features)
+        return pieces.joined(steps, lambda: self._windows.empty, self._place, self._item_features)
 
 
 def iterate(

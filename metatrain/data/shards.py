@@ -33,6 +33,7 @@ class Shards:
 
     def __init__(self, dataset_url: str, shards: Sequence[Shard]) -> None:
         self.url, self._shards = dataset_url, tuple(shards)
+        self._local = storage.is_local(dataset_url)
         #: Tasks in each row group: int64 [G].
         self.row_groups = row_groups(shards)
         self._first_group = np.cumsum([0, *(len(s.row_groups) for s in shards)])
@@ -71,8 +72,8 @@ class Shards:
             # One thread: a node runs many readers, and each read-ahead works beside its own trainer.
             return self._file(shard).read_row_groups(inside, columns=columns, use_threads=False)
 
-        table = _attempt(path, read)
-        absent = [name for name in columns if name not in table.column_names]
+        table = _attempt(path, read, self._local)
+        absent = sorted(set(columns).difference(table.column_names))
         if absent:
             raise DatasetError(
                 "A shard lacks columns that the schema has.", where=path, got=", ".join(absent), remedy=REMEDY
@@ -86,8 +87,7 @@ class Shards:
             return known
         path = storage.join(self.url, self._shards[shard].path)
         # Reading a whole row group in one request pays where requests are slow; from a disk its threads only cost.
-        ahead = not storage.is_local(path)
-        file = pq.ParquetFile(_source(path), page_checksum_verification=True, pre_buffer=ahead)
+        file = pq.ParquetFile(_source(path), page_checksum_verification=True, pre_buffer=not self._local)
         found = tuple(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))
         if found != self._shards[shard].row_groups:
             file.close(force=True)
@@ -159,10 +159,10 @@ def _source(path: str) -> object:
     return storage.filesystem(path)[1] if storage.is_local(path) else storage.open_file(path)
 
 
-def _attempt(path: str, call: Callable[[], Result]) -> Result:
+def _attempt(path: str, call: Callable[[], Result], local: bool) -> Result:
     """Tries a read, again where the store may have failed; what stays broken is the shard's fault."""
     try:
         # pyarrow reports broken bytes as OSError too, which on a disk no other try can mend.
-        return call() if storage.is_local(path) else storage.retried(call)
+        return call() if local else storage.retried(call)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise DatasetError(f"A shard cannot be read as Parquet: {error}", where=path, remedy=REMEDY) from error

@@ -37,7 +37,7 @@ class Window:
     timestamps: np.ndarray  # int64 [N]
     task_features: dict[str, Stored]  # K rows
     event_features: dict[str, Stored]  # N rows
-    keys: pa.Array | None  # [K]
+    keys: np.ndarray | None  # str objects [K]
 
 
 class Windows:
@@ -125,7 +125,7 @@ class Windows:
             timestamps=decoded.timestamps[events],
             task_features={name: stored(take(column, rows)) for name, column in decoded.task_features.items()},
             event_features={name: stored(take(column, events)) for name, column in decoded.event_features.items()},
-            keys=None if decoded.keys is None else decoded.keys.take(pa.array(rows)),
+            keys=None if decoded.keys is None else decoded.keys.to_numpy(zero_copy_only=False)[rows],
         )
 
 
