@@ -76,9 +76,9 @@ class BatchReader:
             check_sizes(self.dataset.url, shards)
         sizes = row_groups(shards)
 
-        def plan(epoch: int) -> EpochPlan:
+        def plan(epoch: int, row_groups: np.ndarray = sizes) -> EpochPlan:
             return EpochPlan(
-                sizes,
+                row_groups,
                 seed=seed,
                 epoch=epoch,
                 lanes=lanes_total,
@@ -90,7 +90,7 @@ class BatchReader:
         # Two: an epoch's first steps are read while its predecessor's last ones are.
         self._plan = functools.lru_cache(maxsize=2)(plan)
         # Numbers that do not fit one another fail here, not at the first batch.
-        self._plan(0)
+        plan(0, sizes[:0])
         split_events(np.zeros(0, np.int64), episode, seed, 0, np.zeros(0, np.int64))
         wanted = features_of(self.dataset.schema, features)
         catalogue = self.dataset.catalogue

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from metatrain.data.manifest import Shard, Split, read_manifest
 from metatrain.data.plan import EpochPlan, lanes_of
 from metatrain.errors import ConfigError
 
@@ -143,6 +147,45 @@ def test_a_million_row_groups_are_planned_in_seconds_and_any_step_is_found_at_on
     plan.positions(range(64), plan.steps // 2)
     assert made - begun < 20  # about 1.5 alone on a core
     assert time.monotonic() - made < 1
+
+
+_BILLION = """
+import resource, sys, time
+import numpy as np
+from metatrain.data.manifest import Split, read_manifest
+from metatrain.data.plan import EpochPlan
+from metatrain.data.shards import row_groups
+
+begun = time.monotonic()
+sizes = row_groups(read_manifest(sys.argv[1]).of(Split.TRAIN))
+plan = EpochPlan(sizes, seed=0, epoch=3, lanes=64, tasks_per_step=65_536, window=8)
+seconds = time.monotonic() - begun
+seeks = []
+for step in (0, plan.steps // 2, plan.steps - 4):
+    taken = []
+    for lane in range(64):
+        begun = time.perf_counter()
+        assert sum(len(piece.rows) for piece in plan.slices(lane, step)) == 1024
+        taken.append(time.perf_counter() - begun)
+    seeks.append(np.median(taken))
+print(sizes.sum(), seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, *seeks)
+"""
+
+
+def test_a_billion_users_are_planned_in_seconds_and_bounded_memory_from_a_manifest_on_disk(tiny_dataset, tmp_path):
+    sizes = tuple(np.random.default_rng(0).integers(1, 2048, 250).tolist())
+    shard = Shard(path="", split=Split.TRAIN, row_groups=sizes, events=10**7, bytes=10**8, sha256="0" * 64)
+    shards = tuple(shard.model_copy(update={"path": f"shards/train/{i:05d}.parquet"}) for i in range(4000))
+    read_manifest(tiny_dataset()).model_copy(update={"shards": shards}).write(str(tmp_path))
+    # In a process of its own: the peak of this one's memory is of other tests.
+    command = [sys.executable, "-c", _BILLION, str(tmp_path)]
+    found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+    tasks, seconds, gigabytes, *seeks = map(float, found.stdout.split())
+    assert tasks > 1e9
+    assert seconds < 10  # about 1.2 alone on a core
+    assert gigabytes < 1  # about 0.2
+    assert max(seeks) < 0.01  # about 0.0005, wherever the step is
+    assert max(seeks) < 5 * min(seeks)
 
 
 def test_numbers_that_do_not_fit_are_refused():
