@@ -14,7 +14,6 @@ import contextlib
 import hashlib
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -27,6 +26,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from bench_common import write_json
 
 from metatrain.config import EpisodeConfig
 from metatrain.data.manifest import VERSION, ItemSet, Manifest, Shard, Split, read_manifest
@@ -165,13 +167,7 @@ def main() -> None:
         rows.append({"row_group_sizes": sizes, **json.loads(found.stdout)})
     for name in rows[0]:
         print(f"{name.replace('_', ' '):<32}" + "".join(f"{row[name]!s:>16}" for row in rows))
-    if options.json:
-        machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-        machine["system"] = platform.platform()
-        versions = {"python": platform.python_version(), "pyarrow": pa.__version__, "numpy": np.__version__}
-        configuration = {k: v for k, v in vars(options).items() if isinstance(v, int)}
-        document = {"machine": machine, "versions": versions, "configuration": configuration, "rows": rows}
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
+    write_json(options.json, options, rows)
 
 
 if __name__ == "__main__":

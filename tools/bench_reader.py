@@ -19,20 +19,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
-import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from bench_common import write_json
 
 from metatrain import storage
 from metatrain.config import DataConfig, PrepareConfig, Synthetic
@@ -201,16 +202,7 @@ def main() -> None:
         if path == "actor":
             line += f"  reader's CPU {row['reader_cpu_share']:.0%}, idle {row['idle_cpu_share']:.0%}"
         print(line)
-    if options.json:
-        machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-        machine["system"] = platform.platform()
-        versions = {"python": platform.python_version(), "pyarrow": pa.__version__, "numpy": numpy.__version__}
-        versions |= {"ray": ray.__version__, "torch": torch.__version__}
-        chosen = {k: v if isinstance(v, int | list) else str(v) for k, v in vars(options).items() if v}
-        configuration = chosen | {"lanes": data.lanes, "shuffle_row_groups": data.shuffle_row_groups}
-        configuration |= {"prefetch": data.prefetch, "episode": data.episode.model_dump(mode="json")}
-        document = {"machine": machine, "versions": versions, "configuration": configuration, "rows": rows}
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
+    write_json(options.json, options, rows)
 
 
 if __name__ == "__main__":

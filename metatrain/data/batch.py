@@ -14,8 +14,8 @@ Symbols: T tasks, N events (all tasks, support and query), U unique items.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -68,17 +68,23 @@ class TaskBatch:
         """
         import torch  # here: a reader's process makes no tensor, and starts without torch's seconds and megabytes
 
-        def convert(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {name: convert(column) for name, column in value.items()}
-            if isinstance(value, Ragged):
-                return Ragged(convert(value.values), convert(value.lengths))
-            if isinstance(value, np.ndarray):
-                tensor = torch.from_numpy(value if value.flags.writeable else np.asarray(_Unprotected(value)))
-                return (tensor if tensor.is_floating_point() else tensor.long()).to(device, non_blocking=True)
-            return value
+        def convert(array: np.ndarray) -> torch.Tensor:
+            tensor = torch.from_numpy(array if array.flags.writeable else np.asarray(_Unprotected(array)))
+            return (tensor if tensor.is_floating_point() else tensor.long()).to(device, non_blocking=True)
 
-        return replace(self, **{f.name: convert(getattr(self, f.name)) for f in fields(self)})
+        return self.mapped(convert)
+
+    def mapped(self, change: Callable[[Any], Array]) -> TaskBatch:
+        """The same batch with every array changed."""
+
+        def changed(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: changed(column) for name, column in value.items()}
+            if isinstance(value, Ragged):
+                return Ragged(change(value.values), change(value.lengths))
+            return value if isinstance(value, int) else change(value)
+
+        return TaskBatch(**{f.name: changed(getattr(self, f.name)) for f in fields(self)})
 
 
 class _Unprotected:

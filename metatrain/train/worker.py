@@ -31,6 +31,7 @@ from metatrain.train.early_stopping import Patience
 from metatrain.train.outer import DenseOptimizer
 from metatrain.train.run_text import write_texts
 from metatrain.train.step import Outcome, OuterLoop, Totals, mean_inner_rates, open_reader, validation_losses
+from metatrain.train.transfer import device_batches
 
 
 @dataclass(frozen=True)
@@ -118,9 +119,13 @@ class Training:
 
     def _batches(self, epoch: int) -> Iterator[TaskBatch]:
         """This worker's batches of an epoch from the cursor on, as tensors on its device."""
-        for batch in self.stream.batches(epoch, self.cursor.step):
-            self.laps.lap("wait")
-            tensors = batch.tensors(self.seat.device)
+
+        def arrived() -> Iterator[TaskBatch]:
+            for batch in self.stream.batches(epoch, self.cursor.step):
+                self.laps.lap("wait")
+                yield batch
+
+        for tensors in device_batches(arrived(), self.seat.device):
             self.laps.lap("copy")
             yield tensors
 
