@@ -1,7 +1,9 @@
 """The configuration of a run: frozen classes, one docstring a field, checked when made.
 
 A YAML file may begin with `extends: other.yaml` (a path beside it, or a list of them): mappings merge key by key,
-anything else replaces. The command line overrides the file: `--train.epochs 3`.
+anything else replaces. A file that names another meta-learner than the one it extends inherits of `meta` only what
+every meta-learner has (`loss`, `huber_delta`, `memory`), and of a base learner no `options`. The command line overrides
+the file: `--train.epochs 3`.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ Width = Annotated[int, Field(gt=0, multiple_of=4)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NotNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+#: Of a learner's own; checked by the learner's constructor.
+Option = bool | int | float | str | tuple[int, ...]
 
 
 class Section(BaseModel):
@@ -232,8 +236,10 @@ class DataConfig(Section):
 class ModelConfig(Section):
     """The base learner over the features of user, item and context."""
 
-    learner: Literal["mlp"] = "mlp"
-    """Base learner: an MLP whose head also sees its inputs (see docs/concepts.md)."""
+    learner: str = "mlp"
+    """Base learner: mlp, or the import path of a class of your own (see docs/adding-a-meta-learner.md)."""
+    options: dict[str, Option] = {}
+    """Settings that this base learner alone has, by the names of its constructor's arguments."""
     hidden: tuple[Positive, ...] = (64, 64)
     """Widths of the hidden layers."""
     activation: Literal["relu", "gelu", "tanh", "silu"] = "relu"
@@ -259,8 +265,11 @@ class ModelConfig(Section):
 class MetaConfig(Section):
     """The meta-learner: model-agnostic meta-learning (Finn et al. 2017), first or second order."""
 
-    algorithm: Literal["maml"] = "maml"
-    """Meta-learner."""
+    algorithm: str = "maml"
+    """Meta-learner: maml, or the import path of a class of your own, `package.module:Class` or
+    `path/to/file.py:Class` (see docs/adding-a-meta-learner.md)."""
+    options: dict[str, Option] = {}
+    """Settings that this meta-learner alone has, by the names of its constructor's arguments."""
     order: Literal[1, 2] = 2
     """2: differentiates through the inner gradients; 1: takes them as constants (FOMAML)."""
     steps: NotNegative = 3
@@ -532,7 +541,25 @@ def _read(path: str, chain: tuple[str, ...]) -> dict[str, Any]:
             else storage.join(path.rpartition("/")[0] or ".", parent)
         )
         merged = _merged(merged, _read(beside, (*chain, path)))
-    return _merged(merged, raw)
+    return _merged(_inherited(merged, raw), raw)
+
+
+#: Fields of a section that mean the same for every learner; the others are the named learner's.
+_OF_ANY_LEARNER = {"meta": ("algorithm", ("loss", "huber_delta", "memory")), "model": ("learner", None)}
+
+
+def _inherited(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """What a recipe inherits: where it names another learner, nothing that was set for the one below."""
+    result = dict(below)
+    for section, (name, common) in _OF_ANY_LEARNER.items():
+        inherited, own = below.get(section), above.get(section)
+        if not (isinstance(inherited, dict) and isinstance(own, dict) and name in own):
+            continue
+        default = Config.model_fields[section].default
+        if own[name] != inherited.get(name, getattr(default, name)):
+            kept = [key for key in inherited if (key in common if common else key != "options")]
+            result[section] = {key: inherited[key] for key in kept}
+    return result
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,22 @@ def test_extends_merges_key_by_key_and_the_file_wins(tmp_path):
     assert (config.train.epochs, config.train.workers, config.model.hidden) == (5, 2, (4,))
 
 
+def test_another_learner_inherits_nothing_that_was_set_for_the_one_below(tmp_path):
+    meta = "{algorithm: maml, loss: huber, steps: 9, adapt: [head.*], options: {a: 1}}"
+    write(tmp_path, "base.yaml", f"meta: {meta}\nmodel: {{hidden: [8], options: {{b: 2}}}}\n")
+    same = load_config(write(tmp_path, "same.yaml", "extends: base.yaml\nmeta: {algorithm: maml, rate: 0.5}"))
+    assert (same.meta.steps, same.meta.options, same.model.options) == (9, {"a": 1}, {"b": 2})
+    path = write(
+        tmp_path, "other.yaml", "extends: base.yaml\nmeta: {algorithm: ridge}\nmodel: {learner: factorisation}"
+    )
+    other = load_config(path)
+    assert (other.meta.loss, other.meta.steps, other.meta.adapt, other.meta.options) == ("huber", 3, ("*",), {})
+    assert (other.model.hidden, other.model.options) == ((8,), {})
+    # And so on, down the chain.
+    last = load_config(write(tmp_path, "last.yaml", "extends: other.yaml\nmeta: {algorithm: ridge}"))
+    assert (last.meta.loss, last.meta.steps) == ("huber", 3)
+
+
 def test_a_circle_of_extends_is_refused(tmp_path):
     write(tmp_path, "a.yaml", "extends: b.yaml")
     with pytest.raises(ConfigError, match="circle"):

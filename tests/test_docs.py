@@ -63,6 +63,7 @@ def test_example_meta_learner_adapts(tmp_path: Path):
     (tmp_path / "shrunk_bias.py").write_text(source)
     learner = torch.nn.Sequential(torch.nn.Linear(3, 1), torch.nn.Flatten(-2))
     meta = load(tmp_path / "shrunk_bias.py").ShrunkBias(learner)
+    assert meta.curves() == {"meta/shrinkage": pytest.approx(1.0)}
     generator = torch.Generator().manual_seed(0)
     x_TEF = torch.randn(4, 6, 3, generator=generator)
     shift_T1 = torch.tensor([[3.0], [-3.0], [2.0], [-2.0]])  # what tells the tasks apart
@@ -74,5 +75,9 @@ def test_example_meta_learner_adapts(tmp_path: Path):
     assert (result.after < result.before).all()
     result.total.backward()
     assert all(parameter.grad is not None for parameter in meta.parameters())
-    padded = Examples(x_TEF, {}, torch.where(mask_TE > 0, labels_TE, 1e6), mask_TE)
-    assert torch.equal(meta(Episodes(padded, padded, {})).after, result.after)
+    assert torch.equal(meta(Episodes(padded_with(examples, 1e6), examples, {})).after, result.after)
+
+
+def padded_with(examples: Examples, value: float) -> Examples:
+    labels = torch.where(examples.mask > 0, examples.labels, value)
+    return Examples(examples.x, {}, labels, examples.mask)

@@ -33,7 +33,7 @@ from metatrain import storage
 from metatrain.config import Config
 from metatrain.data.dataset import TaskDataset
 from metatrain.data.prepare import prepare
-from metatrain.model.metamodel import build_model
+from metatrain.model.build import build_model
 from metatrain.train.launch import launch
 from metatrain.train.worker import Seat, Training
 

@@ -29,6 +29,8 @@ HEAD = """\
 
 A recipe is a YAML file with the sections below; what it leaves out keeps its default. `extends: other.yaml` (a path
 beside the file, or a list of them) starts from another recipe: mappings merge key by key, anything else replaces.
+A recipe that names another meta-learner than the one it extends inherits of `meta` only what every meta-learner has
+(`loss`, `huber_delta`, `memory`), and of another base learner's `model` no `options`.
 The command line overrides both: `--train.epochs 3`. An unknown key is refused with the nearest known one.
 `metatrain config FILE` prints the resolved recipe.
 
@@ -98,6 +100,8 @@ def type_text(annotation: Any, metadata: list[Any]) -> str:
     if origin in (types.UnionType, typing.Union):
         *most, last = ["null" if a is type(None) else type_text(a, metadata) for a in arguments]
         return f"{', '.join(most)} or {last}"
+    if origin is dict:
+        return f"mapping of text to {type_text(arguments[1], metadata)}"
     if origin is tuple:
         return f"list of {type_text(arguments[0], metadata)}"
     if (section := section_of(annotation)) is not None:

@@ -53,6 +53,25 @@ class Episodes:
         return int(self.support.labels.shape[0])
 
 
+class Sizes(NamedTuple):
+    """What of a batch decides the cost of its inner loop."""
+
+    tasks: int
+    support: int  # events of a task, padded
+    query: int
+    inputs: int  # width of the learner's input but for the adapted features
+    rows: dict[str, tuple[int, int]]  # adapted feature → rows of a task, padded, and embedding width
+    differentiable: bool = True
+    itemsize: int = 4
+
+    @classmethod
+    def of(cls, support: Examples, query: Examples, rows: dict[str, Tensor]) -> Sizes:
+        """Of tasks with such a support, query and initial rows."""
+        x, shapes = support.x, {name: (own.shape[1], own.shape[2]) for name, own in rows.items()}
+        tasks, events, inputs = x.shape
+        return cls(tasks, events, query.labels.shape[1], inputs, shapes, x.requires_grad, x.element_size())
+
+
 def gather_rows(rows: dict[str, Tensor], slots: dict[str, Slots]) -> list[Tensor]:
     """One task's adapted rows per event, pooled by their mean: rows [R, D], slots [E, M] → [E, D] a feature."""
     pooled = []
@@ -66,3 +85,8 @@ def gather_rows(rows: dict[str, Tensor], slots: dict[str, Slots]) -> list[Tensor
 def concatenate(x: Tensor, rows: dict[str, Tensor], slots: dict[str, Slots]) -> Tensor:
     """A base learner's input for one task: fixed inputs, then the adapted features in name order: [E, F + ΣD]."""
     return torch.cat([x, *gather_rows(rows, slots)], dim=-1)
+
+
+def inputs(examples: Examples, rows: dict[str, Tensor]) -> Tensor:
+    """The base learner's inputs of all tasks at once, rows as they are: [T, E, F + ΣD]."""
+    return torch.vmap(concatenate)(examples.x, rows, examples.slots) if rows else examples.x

@@ -8,13 +8,13 @@ without training, to debug.
 from __future__ import annotations
 
 import logging
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from metatrain.meta.engine import FastWeights, Tensors, VmapEngine
-from metatrain.meta.episode import Episodes, Examples
+from metatrain.meta.episode import Episodes, Examples, Sizes
 from metatrain.meta.losses import event_loss, mean_over_events
 from metatrain.meta.low_rank import AdaptedLosses, LowRankEngine
 from metatrain.meta.low_rank_cost import (
@@ -31,25 +31,6 @@ from metatrain.meta.low_rank_form import CannotServe
 _log = logging.getLogger(__name__)
 
 EngineName = Literal["auto", "low_rank", "vmap"]
-
-
-class Sizes(NamedTuple):
-    """What of a batch decides the cost of its inner loop."""
-
-    tasks: int
-    support: int  # events of a task, padded
-    query: int
-    inputs: int  # width of the learner's input but for the adapted features
-    rows: dict[str, tuple[int, int]]  # adapted feature → rows of a task, padded, and embedding width
-    differentiable: bool = True
-    itemsize: int = 4
-
-    @classmethod
-    def of(cls, support: Examples, query: Examples, rows: Tensors) -> Sizes:
-        """Of tasks with such a support, query and initial rows."""
-        x, shapes = support.x, {name: (own.shape[1], own.shape[2]) for name, own in rows.items()}
-        tasks, events, inputs = x.shape
-        return cls(tasks, events, query.labels.shape[1], inputs, shapes, x.requires_grad, x.element_size())
 
 
 class ChoosingEngine:

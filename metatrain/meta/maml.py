@@ -14,30 +14,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from metatrain.meta.buckets import Bucket, cut
 from metatrain.meta.engine import FastWeights, Tensors, rows_key
-from metatrain.meta.episode import Episodes, Examples
-from metatrain.meta.losses import event_loss
-from metatrain.meta.low_rank_choice import ChoosingEngine, EngineName, Sizes
+from metatrain.meta.episode import Episodes, Examples, Sizes
+from metatrain.meta.learner import MetaLearner, QueryLoss
+from metatrain.meta.low_rank_choice import ChoosingEngine, EngineName
 from metatrain.meta.memory import Loop, Plan, plan
 
 _log = logging.getLogger(__name__)
 
 
-class QueryLoss(NamedTuple):
-    """The meta-loss of T tasks."""
-
-    total: Tensor  # scalar to differentiate: the sum over tasks of each one's mean query loss after adaptation
-    after: Tensor  # [T], detached: each task's mean query loss after adaptation
-    before: Tensor  # [T], detached: the same with the shared parameters
-
-
-class MAML(nn.Module):
+class MAML(MetaLearner):
     """Model-agnostic meta-learning around any base learner.
 
     Args:
@@ -80,14 +72,18 @@ class MAML(nn.Module):
         precision: torch.dtype | None = None,
         engine: EngineName = "auto",
     ) -> None:
-        super().__init__()
-        self.learner = learner
-        self.steps, self.chunk, self.memory = steps, chunk, memory
+        super().__init__(
+            learner,
+            adapt_rows=tuple(adapt_rows),
+            memory=memory,
+            loss=loss,
+            huber_delta=huber_delta,
+            precision=precision,
+        )
+        self.steps, self.chunk = steps, chunk
         self._keep: int | Literal["auto"] = keep
         self.adapted = matching_parameters(learner, adapt)
-        self.adapt_rows = tuple(sorted(adapt_rows))
-        self._loss, self._order, self._precision = loss, order, precision
-        event_loss(loss)  # an unknown name is refused here
+        self._order = order
         self._engine = ChoosingEngine(learner, inner_loss or loss, order, huber_delta, precision, chunk, memory, engine)
         self._logged: set[str] = set()
         self._seconds: dict[tuple[int, int, int, int], float] = {}  # counted once: see `buckets`
@@ -100,15 +96,14 @@ class MAML(nn.Module):
             # Not part of the state: it comes from the configuration, and nothing changes it.
             self.register_buffer("rates", rates, persistent=False)
 
-    def adapt(self, support: Examples, rows: Tensors, steps: int | None = None) -> FastWeights:
-        """Fast weights of T tasks from their support.
+    def adapt(self, support: Examples, rows: Tensors) -> FastWeights:
+        """See `MetaLearner.adapt`; a task without events keeps the shared parameters."""
+        steps = self._step_rates(self.rates)
+        return self._engine.adapt(self._parameters_and_buffers(), self.adapted, steps, support, rows)
 
-        Args:
-            support: What each task adapts on; a task without events keeps the shared parameters.
-            rows: Adapted feature → initial rows [T, R, D].
-            steps: Fewer steps than the module's; 0 gives the unadapted weights.
-        """
-        return self._adapt(self._parameters_and_buffers(), self.rates, support, rows, steps)
+    def unadapted(self, support: Examples, rows: Tensors) -> FastWeights:
+        """See `MetaLearner.unadapted`: the shared parameters, of which nobody has a copy."""
+        return FastWeights({}, rows)
 
     def predict(self, fast: FastWeights, examples: Examples) -> Tensor:
         """Scores [T, E] of each task's events with its fast weights; labels of `examples` are not read."""
@@ -129,7 +124,7 @@ class MAML(nn.Module):
     def plan(self, sizes: Sizes) -> Plan:
         """How many tasks, and how many of their steps, the vmap engine holds at a time of such a batch."""
         # Before the first product in bfloat16, weights and inputs are there in both types.
-        itemsize = sizes.itemsize * 3 // 2 if self._precision is not None else sizes.itemsize
+        itemsize = sizes.itemsize * 3 // 2 if self.precision is not None else sizes.itemsize
         rows = sum(count * width for count, width in sizes.rows.values())
         return plan(
             Loop.of(self.learner, self.adapted, self.steps, self._order, self.rates.requires_grad),
@@ -141,14 +136,19 @@ class MAML(nn.Module):
             keep=self._keep,
         )
 
-    def buckets(self, support: Tensor, query: Tensor, inputs: int, row_widths: Mapping[str, int]) -> list[Bucket]:
-        """How to pad tasks for `forward`.
+    def tasks_at_a_time(self, sizes: Sizes) -> int:
+        """See `MetaLearner.tasks_at_a_time`."""
+        return max(1, self.plan(sizes).chunk)
 
-        Args:
-            support, query: Their lengths, int64 [T].
-            inputs: Width of the learner's input but for the adapted features.
-            row_widths: Embedding width of each of those.
-        """
+    def curves(self) -> dict[str, float]:
+        """The inner rate of each adapted tensor, its mean over the steps."""
+        if not self.rates.numel():
+            return {}
+        means = self.rates.detach().mean(0).tolist()
+        return {f"rates/inner {name}": rate for name, rate in zip(self.rate_names, means, strict=True)}
+
+    def buckets(self, support: Tensor, query: Tensor, inputs: int, row_widths: Mapping[str, int]) -> list[Bucket]:
+        """See `MetaLearner.buckets`."""
 
         def seconds(tasks: int, support: int, query: int) -> float:
             # As if every event used a row of its own: the most there are of features with one value.
@@ -161,17 +161,11 @@ class MAML(nn.Module):
         return cut(support, query, seconds)
 
     def _query_loss(self, parameters: Tensors, rates: Tensor, episodes: Episodes, keep: int) -> QueryLoss:
-        steps = self._step_rates(rates, self.steps)
-        return QueryLoss(*self._engine.query_loss(parameters, self.adapted, steps, episodes, self._loss, keep))
+        steps = self._step_rates(rates)
+        return QueryLoss(*self._engine.query_loss(parameters, self.adapted, steps, episodes, self.loss, keep))
 
-    def _adapt(
-        self, parameters: Tensors, rates: Tensor, support: Examples, rows: Tensors, steps: int | None = None
-    ) -> FastWeights:
-        taken = self.steps if steps is None else min(steps, self.steps)
-        return self._engine.adapt(parameters, self.adapted, self._step_rates(rates, taken), support, rows)
-
-    def _step_rates(self, rates: Tensor, taken: int) -> list[Tensors]:
-        return [dict(zip(self.rate_names, rates[step].unbind(), strict=True)) for step in range(taken)]
+    def _step_rates(self, rates: Tensor) -> list[Tensors]:
+        return [dict(zip(self.rate_names, of_step.unbind(), strict=True)) for of_step in rates]
 
     def _parameters_and_buffers(self) -> Tensors:
         return {**dict(self.learner.named_parameters()), **dict(self.learner.named_buffers())}

@@ -11,6 +11,7 @@ feature in a task (padded), D embedding width, n entities of a level: T, U or N.
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,6 +25,7 @@ from metatrain.data.schema import ITEM_FEATURE, Feature, Kind, Level, Schema
 from metatrain.errors import ConfigError
 from metatrain.meta.buckets import Bucket
 from metatrain.meta.episode import Episodes, Examples, Slots
+from metatrain.meta.layout import Columns, Layout
 from metatrain.model import hashing
 from metatrain.model.places import Places, TaskRows, occurrences, picked, places, rows_of_tasks, whole
 from metatrain.model.tables import TableSpec
@@ -85,9 +87,18 @@ class Featurizer(nn.Module):
         }
 
     @property
+    def layout(self) -> Layout:
+        """Whose the columns of a base learner's input are: fixed inputs, then the adapted features."""
+        ordered = [f for level in Level for f in self._fixed[level]] + list(self.adapted.values())
+        stops = itertools.accumulate(map(_width, ordered))
+        return Layout(
+            tuple(Columns(f.name, f.level.value, s - _width(f), s) for f, s in zip(ordered, stops, strict=True))
+        )
+
+    @property
     def width(self) -> int:
-        """Width of a base learner's input: fixed inputs, then the adapted features."""
-        return sum(map(_width, self.features))
+        """Width of a base learner's input."""
+        return self.layout.width
 
     @property
     def row_widths(self) -> dict[str, int]:

@@ -8,7 +8,6 @@ Symbols: T tasks, Q query events (padded), C candidates.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,24 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from metatrain.config import Config
 from metatrain.data.batch import Column, Ragged, TaskBatch
-from metatrain.data.schema import Kind, LabelKind, Level, Schema
-from metatrain.errors import ConfigError
+from metatrain.data.schema import Kind, Level
 from metatrain.meta.buckets import Bucket
 from metatrain.meta.engine import FastWeights
-from metatrain.meta.episode import Examples, Slots
-from metatrain.meta.low_rank_choice import Sizes
-from metatrain.meta.maml import MAML
+from metatrain.meta.episode import Episodes, Examples, Sizes, Slots
+from metatrain.meta.learner import MetaLearner
 from metatrain.model.features import Assembled, Featurizer
-from metatrain.model.learners.mlp import MLP
 from metatrain.model.places import candidate_slots
 from metatrain.model.tables import Request, Tables
 from metatrain.observe.laps import Laps
-
-_PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
-# A share of clicks of exactly 0 or 1 has no finite logit.
-_LEAST_SHARE = 1e-4
 
 
 class StepOutput(NamedTuple):
@@ -76,9 +67,9 @@ class AdaptedTasks:
 
 
 class MetaModel(nn.Module):
-    """Tables, features and meta-learner. Made by `build_model`."""
+    """Tables, features and meta-learner. Made by `build.build_model`."""
 
-    def __init__(self, tables: Tables, featurizer: Featurizer, meta: MAML, table_decay: float = 0.0) -> None:
+    def __init__(self, tables: Tables, featurizer: Featurizer, meta: MetaLearner, table_decay: float = 0.0) -> None:
         super().__init__()
         self.tables, self.featurizer, self.meta = tables, featurizer, meta
         self._table_decay = table_decay
@@ -148,22 +139,22 @@ class MetaModel(nn.Module):
         parts: list[Scores] = []
         for assembled in self._assembled(batch, buckets):
             episodes = assembled.episodes
-            before = self._in_chunks(episodes.query, FastWeights({}, episodes.rows), None)
-            after = self._in_chunks(episodes.query, FastWeights({}, episodes.rows), episodes.support)
+            before, after = (self._in_chunks(episodes, adapted) for adapted in (False, True))
             room = (0, longest - before.shape[1])  # of padding; less than none where lengths were rounded up
             parts.append(Scores(*(pad(t, room) for t in (before, after, episodes.query.mask))))
         return Scores(*(_in_order(buckets, of_parts) for of_parts in zip(*parts, strict=True)))
 
     @torch.no_grad()
-    def adapt(self, batch: TaskBatch, steps: int | None = None) -> AdaptedTasks:
+    def adapt(self, batch: TaskBatch, adapted: bool = True) -> AdaptedTasks:
         """Adapts to each task's support. The batch's query is not used and may be empty.
 
         Args:
             batch: Tensors, at least one task.
-            steps: Inner steps, fewer than the meta-learner's; 0: the unadapted model.
+            adapted: False: the unadapted model, as if no task had any support.
         """
         (assembled,) = self._assembled(batch)
-        return AdaptedTasks(self.meta.adapt(assembled.episodes.support, assembled.episodes.rows, steps), assembled)
+        support, rows = assembled.episodes.support, assembled.episodes.rows
+        return AdaptedTasks((self.meta.adapt if adapted else self.meta.unadapted)(support, rows), assembled)
 
     @torch.no_grad()
     def score_items(self, adapted: AdaptedTasks, item_features: Mapping[str, Column]) -> Tensor:
@@ -222,16 +213,15 @@ class MetaModel(nn.Module):
         ids = self.featurizer.ids(batch)
         return self.featurizer.assemble(batch, self.tables(ids), ids, buckets)
 
-    def _in_chunks(self, query: Examples, fast: FastWeights, support: Examples | None) -> Tensor:
-        """Scores of the query, adapted on the support where one is given, as many tasks at a time as in training."""
-        tasks = query.labels.shape[0]
-        chunk = max(1, self.meta.plan(Sizes.of(query if support is None else support, query, fast.rows)).chunk)
+    def _in_chunks(self, episodes: Episodes, adapted: bool) -> Tensor:
+        """Scores of the query, adapted on the support or not, in pieces that fit the meta-learner's memory."""
+        support, query, rows = episodes.support, episodes.query, episodes.rows
+        chunk = self.meta.tasks_at_a_time(Sizes.of(support, query, rows))
         parts = []
-        for start in range(0, tasks, chunk):
-            own = fast.tasks(start, start + chunk)
-            if support is not None:
-                own = self.meta.adapt(support.tasks(start, start + chunk), own.rows)
-            parts.append(self.meta.predict(own, query.tasks(start, start + chunk)))
+        for start in range(0, episodes.size, chunk):
+            few = support.tasks(start, start + chunk), {n: own[start : start + chunk] for n, own in rows.items()}
+            fast = self.meta.adapt(*few) if adapted else self.meta.unadapted(*few)
+            parts.append(self.meta.predict(fast, query.tasks(start, start + chunk)))
         return torch.cat(parts)
 
 
@@ -239,83 +229,6 @@ def _in_order(buckets: Sequence[Bucket], parts: Sequence[Tensor]) -> Tensor:
     """What the buckets' tasks have, [T', …] each, in the batch's order: [T, …]."""
     joined = torch.cat(list(parts))
     return torch.empty_like(joined).index_copy_(0, torch.cat([bucket.tasks for bucket in buckets]), joined)
-
-
-def build_model(
-    schema: Schema,
-    config: Config,
-    device: torch.device | str = "cpu",
-    *,
-    tables_device: torch.device | str | None = None,
-) -> MetaModel:
-    """The model of a configuration over a dataset's features, with the initial weights of `train.seed`.
-
-    Args:
-        schema: The dataset's.
-        config: The recipe.
-        device: Where the model computes.
-        tables_device: "meta" for a model that `sharding.distribute` will shard. Default: `device`.
-
-    Raises:
-        ConfigError: A feature, pattern or loss that doesn't fit the dataset or the base learner.
-    """
-    model, meta, seed = config.model, config.meta, config.train.seed
-    featurizer = Featurizer(schema, model, meta.adapt_rows, seed)
-    if meta.loss == "binary_cross_entropy" and schema.label is not LabelKind.CLICK:
-        raise ConfigError(
-            "Binary cross-entropy is for clicks; this dataset's labels are ratings.",
-            where="meta.loss",
-            got=meta.loss,
-            remedy="Use squared, absolute or huber, or prepare the dataset with `label: click`.",
-        )
-    # Initial weights depend on the seed alone, and nobody else's random numbers on them.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        offset = _offset(schema, meta.loss)
-        learner = MLP(featurizer.width, model.hidden, model.activation, model.skip, offset, model.norm)
-        try:
-            maml = MAML(
-                learner,
-                order=meta.order,
-                steps=meta.steps,
-                rate=meta.rate,
-                learn_rates=meta.learned_rates == "layer_step",
-                adapt=meta.adapt,
-                adapt_rows=meta.adapt_rows,
-                chunk=meta.chunk,
-                memory=meta.memory << 20,
-                keep=meta.checkpoint_steps,
-                loss=meta.loss,
-                inner_loss=meta.inner_loss,
-                huber_delta=meta.huber_delta,
-                precision=_PRECISIONS[config.train.precision],
-                engine=meta.engine,
-            )
-        except ValueError as error:
-            raise ConfigError(
-                str(error),
-                where="meta.adapt",
-                remedy="Patterns are over these names: `head.*`, `layers.0.weight`, `*`.",
-            ) from error
-        # After the learner: tables on the meta device draw no random numbers, others do.
-        tables = Tables(
-            featurizer.table_specs(),
-            dedup=model.dedup,
-            device=tables_device or device,
-            seed=seed,
-            scale=model.init_scale,
-        )
-    whole = MetaModel(tables, featurizer, maml, config.train.optimizer.table_decay)
-    whole.meta.to(device)
-    return whole
-
-
-def _offset(schema: Schema, loss: str) -> float:
-    """The score of an event about which nothing is known: the labels' mean, as a logit where scores are logits."""
-    if loss != "binary_cross_entropy":
-        return schema.label_mean
-    share = min(max(schema.label_mean, _LEAST_SHARE), 1 - _LEAST_SHARE)
-    return math.log(share / (1 - share))
 
 
 def _unknown(kind: Kind, width: int, device: torch.device) -> Column:

@@ -26,7 +26,8 @@ from metatrain.data.columns import stored, take
 from metatrain.data.dataset import TaskDataset
 from metatrain.data.schema import Level
 from metatrain.errors import CheckpointError, RequestError
-from metatrain.model.metamodel import MetaModel, build_model
+from metatrain.model.build import build_model
+from metatrain.model.metamodel import MetaModel
 from metatrain.recommend.adapted import Adapted
 from metatrain.recommend.event_tables import Events
 from metatrain.recommend.events import Requests, read_requests
@@ -116,7 +117,7 @@ class Recommender:
         """Adapts to a batch's supports once, and scores catalogue rows for all its tasks as often as called:
         rows [C] → (before, after), each float64 [T, C]."""
         tensors = batch.tensors(self.device)
-        states = (self.model.adapt(tensors, steps=0), self.model.adapt(tensors))
+        states = (self.model.adapt(tensors, adapted=False), self.model.adapt(tensors))
         features = {f.name: stored(self.dataset.catalogue.features[f.name]) for f in self.dataset.schema.of(Level.ITEM)}
 
         def score(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -25,7 +25,7 @@ from metatrain.config import Config, to_yaml, validated
 from metatrain.data.dataset import TaskDataset
 from metatrain.data.manifest import Split
 from metatrain.errors import ConfigError, MetatrainError, TrainingError
-from metatrain.model.metamodel import build_model
+from metatrain.model.build import build_model
 from metatrain.observe.progress import TrainingProgress
 from metatrain.train.early_stopping import Patience
 from metatrain.train.session import ray_session

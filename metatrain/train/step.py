@@ -16,7 +16,6 @@ from metatrain.data.batch import TaskBatch
 from metatrain.data.dataset import TaskDataset
 from metatrain.data.manifest import ItemSet, Split
 from metatrain.data.reader import BatchReader
-from metatrain.meta.maml import MAML
 from metatrain.model.metamodel import Asked, MetaModel, StepOutput
 from metatrain.model.sharding import Distributed
 from metatrain.observe.laps import STAGES, Laps
@@ -123,14 +122,6 @@ def open_reader(dataset: TaskDataset, config: Config, split: Split) -> BatchRead
         shuffle=training,
         features=config.model.features,
     )
-
-
-def mean_inner_rates(meta: MAML) -> dict[str, float]:
-    """The inner rate of each adapted tensor, its mean over the steps, as curves."""
-    if not meta.rates.numel():
-        return {}
-    means = meta.rates.detach().mean(0).tolist()
-    return {f"rates/inner {name}": rate for name, rate in zip(meta.rate_names, means, strict=True)}
 
 
 def validation_losses(

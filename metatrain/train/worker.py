@@ -23,14 +23,14 @@ from metatrain.data.manifest import Split
 from metatrain.data.plan import lanes_of
 from metatrain.data.stream import TaskStream
 from metatrain.errors import TrainingError
-from metatrain.model.metamodel import build_model
+from metatrain.model.build import build_model
 from metatrain.model.sharding import OPTIMIZER_PREFIX, distribute
 from metatrain.observe.laps import Laps
 from metatrain.observe.tensorboard import Board
 from metatrain.train.early_stopping import Patience
 from metatrain.train.outer import DenseOptimizer
 from metatrain.train.run_text import write_texts
-from metatrain.train.step import Outcome, OuterLoop, Totals, mean_inner_rates, open_reader, validation_losses
+from metatrain.train.step import Outcome, OuterLoop, Totals, open_reader, validation_losses
 from metatrain.train.transfer import device_batches
 
 
@@ -166,7 +166,7 @@ class Training:
         # Clocks differ between ranks: one that says so decides for all.
         curves, due = self.totals.reduce(bool(minutes) and time.monotonic() - self.saved_time > 60 * minutes)
         self._check_finite(curves["learning/loss_after"], "training loss")
-        curves |= mean_inner_rates(self.model.meta)
+        curves |= self.model.meta.curves()
         if self.board is not None:
             self.board.scalars(curves, self.cursor.total)
             if outcome.output.tasks:  # of this rank, in this step

@@ -21,7 +21,8 @@ from torch.distributed.tensor import DTensor
 from metatrain.config import Config
 from metatrain.data.batch import TaskBatch
 from metatrain.data.schema import LabelKind
-from metatrain.model.metamodel import MetaModel, build_model
+from metatrain.model.build import build_model
+from metatrain.model.metamodel import MetaModel
 from metatrain.model.sharding import distribute
 
 TOLERANCE = 1e-5

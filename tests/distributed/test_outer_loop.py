@@ -9,7 +9,7 @@ from ranks import run_ranks
 from torch.distributed.tensor import DTensor
 
 from metatrain.config import Config
-from metatrain.model.metamodel import build_model
+from metatrain.model.build import build_model
 from metatrain.model.sharding import distribute
 from metatrain.observe.laps import Laps
 from metatrain.train.outer import DenseOptimizer

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from metatrain.config import Config, OptimizerConfig
-from metatrain.model.metamodel import build_model
+from metatrain.model.build import build_model
 from metatrain.model.sharding import OPTIMIZER_PREFIX, distribute
 from metatrain.model.tables import Tables, TableSpec
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from metatrain.meta.episode import Episodes, Examples
+from metatrain.meta.episode import Episodes, Examples, Sizes
 from metatrain.meta.losses import event_loss
-from metatrain.meta.low_rank_choice import ChoosingEngine, Sizes
+from metatrain.meta.low_rank_choice import ChoosingEngine
 from metatrain.meta.low_rank_cost import Shapes, choose, low_rank_cost, vmap_cost
 from metatrain.meta.low_rank_elementwise import ACTIVATIONS, loss_derivatives
 from metatrain.meta.low_rank_form import CannotServe, LinearForm, LinearNames, describe

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from metatrain.meta.episode import Episodes, Examples, Slots
-from metatrain.meta.low_rank_choice import Sizes
+from metatrain.meta.episode import Episodes, Examples, Sizes, Slots
 from metatrain.meta.low_rank_loss import Recordings
 from metatrain.meta.maml import MAML
 from metatrain.meta.memory import FEWEST_TASKS, Loop, plan, task_bytes

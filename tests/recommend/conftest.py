@@ -8,7 +8,7 @@ import torch
 from metatrain.config import Config, DataConfig, EpisodeConfig, EvaluateConfig, MetaConfig, ModelConfig
 from metatrain.data.dataset import TaskDataset
 from metatrain.data.schema import LabelKind
-from metatrain.model.metamodel import build_model
+from metatrain.model.build import build_model
 from metatrain.recommend.recommender import Recommender
 from tests.data.tiny_dataset import write_tiny_dataset
 

@@ -19,6 +19,17 @@ from metatrain.meta.low_rank_form import LinearForm, LinearNames, NormNames
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": relu, "gelu": gelu, "tanh": torch.tanh, "silu": silu}
 
 
+def activation_of(name: str) -> Callable[[Tensor], Tensor]:
+    """The elementwise function of that name: relu, gelu, tanh or silu.
+
+    Raises:
+        ValueError: An unknown name.
+    """
+    if name not in _ACTIVATIONS:
+        raise ValueError(f"unknown activation {name!r}: {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[name]
+
+
 class LayerNorm(nn.LayerNorm):
     """Layer normalisation that may adapt: gain and bias come after the fused operation, not into it.
 
@@ -63,18 +74,17 @@ class MLP(nn.Module):
         super().__init__()
         if norm not in ("none", "layer"):
             raise ValueError(f"unknown norm {norm!r}: none, layer")
-        if activation not in _ACTIVATIONS:
-            raise ValueError(f"unknown activation {activation!r}: {', '.join(_ACTIVATIONS)}")
         widths = [inputs, *hidden]
         self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in itertools.pairwise(widths))
         self.norms = nn.ModuleList(LayerNorm(width) for width in hidden if norm == "layer")
         self._skip = skip and bool(hidden)
-        seen = widths[-1] + (inputs if self._skip else 0)
+        #: Width of what the head reads.
+        self.represented = seen = widths[-1] + (inputs if self._skip else 0)
         self.head = nn.Linear(seen, 1)
         # Small, not zero: with a zero head the first inner step would leave all that is below it where it is.
         nn.init.normal_(self.head.weight, std=0.1 / math.sqrt(seen))
         nn.init.zeros_(self.head.bias)
-        self._activation, self._activation_name = _ACTIVATIONS[activation], activation
+        self._activation, self._activation_name = activation_of(activation), activation
         self.register_buffer("offset", torch.tensor(float(offset)))
 
     def linear_form(self) -> LinearForm:
@@ -88,14 +98,21 @@ class MLP(nn.Module):
         )
         return LinearForm(hidden, head, self._activation_name, self._skip, "offset", norms)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Scores [..., E] of inputs [..., E, F]."""
+    def represent(self, x: Tensor) -> Tensor:
+        """What the head reads of inputs [..., E, F]: [..., E, H]."""
         h = x
         for number, layer in enumerate(self.layers):
             h = layer(h)
             if self.norms:
                 h = self.norms[number](h)
             h = self._activation(h)
-        seen = torch.cat([h, x.to(h.dtype)], dim=-1) if self._skip else h
+        return torch.cat([h, x.to(h.dtype)], dim=-1) if self._skip else h
+
+    def score(self, represented: Tensor, x: Tensor) -> Tensor:
+        """Scores [..., E] of what `represent` gave."""
         # The offset is added in its own type: bfloat16 would round a mean rating of 3.53 to 3.53125.
-        return self.head(seen).squeeze(-1).to(self.offset.dtype) + self.offset
+        return self.head(represented).squeeze(-1).to(self.offset.dtype) + self.offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores [..., E] of inputs [..., E, F]."""
+        return self.score(self.represent(x), x)

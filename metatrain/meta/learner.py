@@ -1,0 +1,188 @@
+"""What every meta-learner is: it adapts a base learner to a task's support, and scores the task's query with it.
+
+A meta-learner is one file beside this one with one class: `adapt` and `predict` are its own, the rest has a default
+here. Its constructor takes the base learner, then keyword arguments alone; `model/build.py` gives it those of the
+configuration that it names. It imports torch and `metatrain.meta` alone.
+
+What holds for every meta-learner:
+
+- Padding has mask 0 and changes no result; a task may have no support at all.
+- Losses are sums over tasks: the caller divides by the global number of tasks, so ranks may hold unequal numbers.
+- No loop over tasks or events in Python.
+- `FastWeights` hold whatever a task's adapted state is, under names of the method's own, tasks first.
+
+Symbols: T tasks, E events (padded), R rows of an adapted feature in a task, D embedding width, H width of a
+representation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from metatrain.meta.buckets import Bucket, cut
+from metatrain.meta.engine import FastWeights, Tensors
+from metatrain.meta.episode import Episodes, Examples, Sizes, inputs
+from metatrain.meta.losses import event_loss, mean_over_events
+
+#: Counted seconds of a call, and of a product's operation: they decide how finely tasks are bucketed.
+_CALL_SECONDS, _OPERATION_SECONDS = 1e-3, 2e-11
+
+
+class QueryLoss(NamedTuple):
+    """The meta-loss of T tasks."""
+
+    total: Tensor  # scalar to differentiate: the sum over tasks of each one's mean query loss after adaptation
+    after: Tensor  # [T], detached: each task's mean query loss after adaptation
+    before: Tensor  # [T], detached: the same without adaptation
+
+
+class Represents(Protocol):
+    """A base learner whose score is read off a representation: what closed-form and metric-based methods need."""
+
+    represented: int  # H
+
+    def represent(self, x: Tensor) -> Tensor:
+        """Inputs [..., E, F] → representations [..., E, H]."""
+        ...
+
+    def score(self, represented: Tensor, x: Tensor) -> Tensor:
+        """Representations and the inputs that they are of → scores [..., E]: the same as the learner's forward."""
+        ...
+
+
+def representing(learner: nn.Module, method: str) -> Represents:
+    """The base learner, where it can represent.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    if not (hasattr(learner, "represent") and hasattr(learner, "represented")):
+        raise ValueError(
+            f"{method} works on what a base learner represents events by, and {type(learner).__name__} has no "
+            "`represent`; choose another base learner"
+        )
+    return cast(Represents, learner)
+
+
+class MetaLearner(nn.Module):
+    """Base class of meta-learners.
+
+    Args:
+        learner: The base learner: maps inputs [..., E, F + ΣD] to scores [..., E] (see `episode.concatenate`).
+        adapt_rows: Features whose embedding rows reach the method task by task (`Episodes.rows`), in name order.
+        memory: Bytes that scoring may hold at a time.
+        loss: Name of the query's event loss (see `losses.event_loss`).
+        huber_delta: For the Huber loss.
+        precision: Type of the base learner's products under torch.autocast; losses stay in the labels' type.
+    """
+
+    def __init__(
+        self,
+        learner: nn.Module,
+        *,
+        adapt_rows: tuple[str, ...] = (),
+        memory: int = 1 << 30,
+        loss: str = "squared",
+        huber_delta: float = 1.0,
+        precision: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.learner = learner
+        self.adapt_rows = tuple(sorted(adapt_rows))
+        self.memory = memory
+        self.loss, self.event_loss = loss, event_loss(loss, huber_delta)
+        self.precision = precision
+
+    # --- a method's own --------------------------------------------------------------------------------------------
+
+    def adapt(self, support: Examples, rows: Tensors) -> FastWeights:
+        """The adapted state of T tasks from their support.
+
+        Args:
+            support: What each task adapts on; a task may have no event.
+            rows: Adapted feature → initial rows [T, R, D].
+        """
+        raise NotImplementedError(f"{type(self).__name__}.adapt")
+
+    def predict(self, fast: FastWeights, examples: Examples) -> Tensor:
+        """Scores [T, E] of each task's events in its adapted state; labels of `examples` are not read."""
+        raise NotImplementedError(f"{type(self).__name__}.predict")
+
+    # --- what has a default ----------------------------------------------------------------------------------------
+
+    def unadapted(self, support: Examples, rows: Tensors) -> FastWeights:
+        """The state of T tasks about whose users nothing is known; `support` gives shapes alone."""
+        nothing = Examples(support.x, support.slots, torch.zeros_like(support.labels), torch.zeros_like(support.mask))
+        return self.adapt(nothing, rows)
+
+    def forward(self, episodes: Episodes) -> QueryLoss:
+        """The sum of the tasks' query losses after adaptation, and each before and after."""
+        support, query, rows = episodes.support, episodes.query, episodes.rows
+        after = self.task_losses(self.predict(self.adapt(support, rows), query), query)
+        with torch.no_grad():
+            before = self.task_losses(self.predict(self.unadapted(support, rows), query), query)
+        return QueryLoss(after.sum() + self.untouched(), after.detach(), before)
+
+    def curves(self) -> dict[str, float]:
+        """What of the method is worth a curve: tag → value now."""
+        return {}
+
+    def buckets(self, support: Tensor, query: Tensor, inputs: int, row_widths: Mapping[str, int]) -> list[Bucket]:
+        """How to pad tasks for `forward`.
+
+        Args:
+            support, query: Their lengths, int64 [T].
+            inputs: Width of the learner's input but for the adapted features.
+            row_widths: Embedding width of each of those.
+        """
+        operations = 6 * sum(p.numel() for p in self.parameters()) + inputs + sum(row_widths.values())
+
+        def seconds(tasks: int, support: int, query: int) -> float:
+            return _CALL_SECONDS + tasks * (support + query) * operations * _OPERATION_SECONDS
+
+        return cut(support, query, seconds)
+
+    def tasks_at_a_time(self, sizes: Sizes) -> int:
+        """How many tasks are scored at a time, at least 1."""
+        a_row = sum(width for _, width in sizes.rows.values())
+        numbers = sizes.inputs + a_row + sum(p.shape[0] for p in self.parameters() if p.dim())
+        events = sizes.support + sizes.query
+        # Of a representation a task may hold a matrix.
+        a_task = 4 * sizes.itemsize * (events * (numbers + events) + max(p.numel() for p in self.parameters()))
+        return max(1, self.memory // a_task)
+
+    # --- for methods to call ---------------------------------------------------------------------------------------
+
+    def task_losses(self, scores: Tensor, examples: Examples) -> Tensor:
+        """Each task's mean event loss: [T, E] → [T]."""
+        return mean_over_events(self.event_loss(scores, examples.labels), examples.mask)
+
+    def inputs(self, examples: Examples, rows: Tensors) -> Tensor:
+        """The base learner's inputs [T, E, F + ΣD]."""
+        return inputs(examples, rows)
+
+    def scores(self, x: Tensor) -> Tensor:
+        """The base learner's scores with the shared parameters: [T, E, F + ΣD] → [T, E]."""
+        with self.autocast(x.device.type):
+            return self.learner(x)
+
+    def represented(self, learner: Represents, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Representations [T, E, H] and scores [T, E] of inputs, made at one go, both in the inputs' type."""
+        with self.autocast(x.device.type):
+            h = learner.represent(x)
+            return h.to(x.dtype), learner.score(h, x).to(x.dtype)
+
+    def autocast(self, device: str) -> contextlib.AbstractContextManager[Any]:
+        """Where the base learner's products run in `precision`."""
+        if self.precision is None:
+            return contextlib.nullcontext()
+        return torch.autocast(device, dtype=self.precision)
+
+    def untouched(self) -> Tensor:
+        """0, with a gradient of 0 to every parameter: the ranks reduce gradients together, used or not."""
+        return torch.stack([0.0 * p.sum() for p in self.parameters() if p.requires_grad]).sum()

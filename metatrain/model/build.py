@@ -1,0 +1,126 @@
+"""The model of a configuration over a dataset's features: what is made of which settings, and what is refused."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from metatrain.config import Config, MetaConfig, ModelConfig
+from metatrain.data.schema import LabelKind, Schema
+from metatrain.errors import ConfigError
+from metatrain.meta.layout import Layout
+from metatrain.meta.learner import MetaLearner
+from metatrain.model.construct import Setting, made, named
+from metatrain.model.features import Featurizer
+from metatrain.model.metamodel import MetaModel
+from metatrain.model.tables import Tables
+
+#: Name → import path. One file each.
+META_LEARNERS = {
+    "maml": "metatrain.meta.maml:MAML",
+    "ridge": "metatrain.meta.ridge:Ridge",
+}
+BASE_LEARNERS = {
+    "factorisation": "metatrain.model.learners.factorisation:Factorisation",
+    "mlp": "metatrain.model.learners.mlp:MLP",
+}
+
+_PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
+# A share of clicks of exactly 0 or 1 has no finite logit.
+_LEAST_SHARE = 1e-4
+
+
+def build_model(
+    schema: Schema,
+    config: Config,
+    device: torch.device | str = "cpu",
+    *,
+    tables_device: torch.device | str | None = None,
+) -> MetaModel:
+    """The model of a configuration over a dataset's features, with the initial weights of `train.seed`.
+
+    Args:
+        schema: The dataset's.
+        config: The recipe.
+        device: Where the model computes.
+        tables_device: "meta" for a model that `sharding.distribute` will shard. Default: `device`.
+
+    Raises:
+        ConfigError: A learner, feature, pattern, loss or option that doesn't fit the dataset or the other learner.
+    """
+    model, seed = config.model, config.train.seed
+    featurizer = Featurizer(schema, model, config.meta.adapt_rows, seed)
+    if config.meta.loss == "binary_cross_entropy" and schema.label is not LabelKind.CLICK:
+        raise ConfigError(
+            "Binary cross-entropy is for clicks; this dataset's labels are ratings.",
+            where="meta.loss",
+            got=config.meta.loss,
+            remedy="Use squared, absolute or huber, or prepare the dataset with `label: click`.",
+        )
+    # Initial weights depend on the seed alone, and nobody else's random numbers on them.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        learner = _base_learner(schema, config, featurizer.layout)
+        meta = _meta_learner(schema, config, featurizer.layout, learner)
+        # After the learners: tables on the meta device draw no random numbers, others do.
+        tables = Tables(
+            featurizer.table_specs(),
+            dedup=model.dedup,
+            device=tables_device or device,
+            seed=seed,
+            scale=model.init_scale,
+        )
+    whole = MetaModel(tables, featurizer, meta, config.train.optimizer.table_decay)
+    whole.meta.to(device)
+    return whole
+
+
+def _base_learner(schema: Schema, config: Config, layout: Layout) -> nn.Module:
+    model, default = config.model, ModelConfig()
+    kind = named(model.learner, BASE_LEARNERS, nn.Module, "model.learner")
+    settings = [
+        Setting("layout", layout),
+        Setting("offset", _offset(schema, config.meta.loss)),
+        *(
+            Setting(name, getattr(model, name), f"model.{name}", getattr(model, name) != getattr(default, name))
+            for name in ("hidden", "activation", "skip", "norm")
+        ),
+    ]
+    return made(kind, (layout.width,), settings, model.options, "model")
+
+
+def _meta_learner(schema: Schema, config: Config, layout: Layout, learner: nn.Module) -> MetaLearner:
+    meta, default = config.meta, MetaConfig()
+    kind = named(meta.algorithm, META_LEARNERS, MetaLearner, "meta.algorithm")
+
+    def setting(field: str, name: str = "", value: object = None) -> Setting:
+        given = getattr(meta, field)
+        changed = given != getattr(default, field)
+        return Setting(name or field, given if value is None else value, f"meta.{field}", changed)
+
+    precision = config.train.precision
+    settings = [
+        Setting("layout", layout),
+        Setting("relevant_from", 0.5 if schema.label is LabelKind.CLICK else schema.label_mean),
+        Setting("label_range", (schema.label_min, schema.label_max)),
+        Setting("offset", _offset(schema, meta.loss)),
+        Setting("precision", _PRECISIONS[precision], "train.precision", precision != "float32"),
+        setting("memory", value=meta.memory << 20)._replace(changed=False),
+        setting("learned_rates", "learn_rates", meta.learned_rates == "layer_step"),
+        setting("checkpoint_steps", "keep"),
+        *map(
+            setting,
+            ("order", "steps", "rate", "adapt", "adapt_rows", "chunk", "loss", "inner_loss", "huber_delta", "engine"),
+        ),
+    ]
+    return made(kind, (learner,), settings, meta.options, "meta")
+
+
+def _offset(schema: Schema, loss: str) -> float:
+    """The score of an event about which nothing is known: the labels' mean, as a logit where scores are logits."""
+    if loss != "binary_cross_entropy":
+        return schema.label_mean
+    share = min(max(schema.label_mean, _LEAST_SHARE), 1 - _LEAST_SHARE)
+    return math.log(share / (1 - share))
