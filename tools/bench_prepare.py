@@ -56,12 +56,14 @@ _QUERIES = {
 _DUCKDB = """
 import duckdb
 connection = duckdb.connect()
+connection.execute("SET enable_progress_bar = false")
 connection.execute("SET threads = THREADS")
 connection.execute("SET preserve_insertion_order = false")
 connection.execute("COPY (QUERY) TO 'OUT' (FORMAT parquet, COMPRESSION zstd)")
 """
 _CHECK = """
 import duckdb
+duckdb.sql("SET enable_progress_bar = false")  # it would stand among the figures of a slow query
 print(*duckdb.sql("SELECT sum(len(times)), count_if(list_sort(times) <> times) FROM read_parquet('OUT')").fetchall()[0])
 """
 _IN_RAY = """

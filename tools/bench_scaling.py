@@ -9,7 +9,9 @@ rates of bench_train.py, whose ceiling shows what the workers' steps would give 
 items, nothing should with the users. Row groups have 1,024 tasks, as a large dataset's have by default. Each stage's
 time, and the peak memory of each kind of process: what it shares with others (Ray's object store) left out. `tables`
 is what the embedding tables and their optimizer's state take in a worker. The time of training is one epoch's, the
-start of Ray's workers and validation included; the rate is that of the steps.
+start of Ray's workers and validation included; the rate is that of the steps. Processes grow in their first minutes,
+until their allocators have seen what there is to see: `--equal-steps` trains every size for as many steps as the
+largest one's epoch has, so that what is left of a difference is the users'.
 """
 
 from __future__ import annotations
@@ -84,15 +86,17 @@ def trained(config: Config, seat: Seat) -> None:
         storage.write_atomic(storage.join(config.run_url, RESULT), json.dumps(rates))
 
 
-def over_users(recipe: str, users: list[int], items: int, workers: int, folder: str) -> list[dict[str, Any]]:
-    """Rows of one epoch of training over so many users each."""
+def over_users(
+    recipe: str, users: list[int], items: int, workers: int, folder: str, equal_steps: bool
+) -> list[dict[str, Any]]:
+    """Rows of one epoch of training over so many users each, or of as many epochs as the largest's steps are."""
     rows = []
     for count in users:
         config = changed(
             synthetic_recipe(recipe, count, folder, items),
             run={"name": f"scaling-{time.time_ns()}"},
             prepare={"row_group_tasks": 1024},
-            train={"workers": workers, "epochs": 1},
+            train={"workers": workers, "epochs": max(users) // count if equal_steps else 1},
         )
         row: dict[str, Any] = {"users": count, "items": config.prepare.synthetic.items, "workers": workers}
         with PeakMemory() as memory:
@@ -144,6 +148,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="*", default=[])
     parser.add_argument("--users", type=int, nargs="*", default=[])
     parser.add_argument("--items", type=int, default=0, help="for --users; default: in the recipe's proportion")
+    parser.add_argument("--equal-steps", action="store_true", help="for --users: as many steps as the largest's epoch")
     parser.add_argument("--bench-users", type=int, default=20_000, help="users of the dataset for --workers")
     parser.add_argument("--train-workers", type=int, default=2, help="workers for --users")
     parser.add_argument("--steps", type=int, default=110, help="of a round, for --workers")
@@ -160,7 +165,7 @@ def main() -> None:
             config = synthetic_recipe(options.recipe, options.bench_users, folder)
             rows += over_workers(config, options.workers, options.steps, options.rounds)
         if options.users:
-            rows += over_users(options.recipe, options.users, options.items, options.train_workers, folder)
+            rows += over_users(options.recipe, options.users, options.items, options.train_workers, folder, options.equal_steps)
         write_json(options.json, options, rows)
 
 
