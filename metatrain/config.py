@@ -252,6 +252,10 @@ class ModelConfig(Section):
     a user in as a factorisation would."""
     id_dropout: Fraction = 0.0
     """Share of items whose own id is hidden in a step, so that content carries items that are new."""
+    levels: NotNegative = 0
+    """Levels of a rating, evenly spaced (5: whole stars of 1 to 5; 10: half stars to 5). With `meta.loss: absolute` a
+    learned staircase then turns scores into predictions: the best guess of stars under absolute error is a level.
+    0: scores are the predictions."""
     features: tuple[str, ...] | None = None
     """Features to use, by name. Default: all of the dataset's."""
     dedup: bool = True

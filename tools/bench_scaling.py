@@ -165,7 +165,9 @@ def main() -> None:
             config = synthetic_recipe(options.recipe, options.bench_users, folder)
             rows += over_workers(config, options.workers, options.steps, options.rounds)
         if options.users:
-            rows += over_users(options.recipe, options.users, options.items, options.train_workers, folder, options.equal_steps)
+            rows += over_users(
+                options.recipe, options.users, options.items, options.train_workers, folder, options.equal_steps
+            )
         write_json(options.json, options, rows)
 
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from metatrain.meta.buckets import Bucket, cut
 from metatrain.meta.engine import FastWeights, Tensors
 from metatrain.meta.episode import Episodes, Examples, Sizes, inputs
+from metatrain.meta.link import Staircase
 from metatrain.meta.losses import event_loss, mean_over_events
 
 #: Counted seconds of a call, and of a product's operation: they decide how finely tasks are bucketed.
@@ -97,6 +98,8 @@ class MetaLearner(nn.Module):
         self.memory = memory
         self.loss, self.event_loss = loss, event_loss(loss, huber_delta)
         self.precision = precision
+        #: From scores to predictions, where that is more than the identity: the builder's to set (see `link`).
+        self.link: Staircase | None = None
 
     # --- a method's own --------------------------------------------------------------------------------------------
 
@@ -110,7 +113,10 @@ class MetaLearner(nn.Module):
         raise NotImplementedError(f"{type(self).__name__}.adapt")
 
     def predict(self, fast: FastWeights, examples: Examples) -> Tensor:
-        """Scores [T, E] of each task's events in its adapted state; labels of `examples` are not read."""
+        """Scores [T, E] of each task's events in its adapted state; labels of `examples` are not read.
+
+        On the labels' scale, or logits; `predictions` are what the query loss is of.
+        """
         raise NotImplementedError(f"{type(self).__name__}.predict")
 
     # --- what has a default ----------------------------------------------------------------------------------------
@@ -120,13 +126,22 @@ class MetaLearner(nn.Module):
         nothing = Examples(support.x, support.slots, torch.zeros_like(support.labels), torch.zeros_like(support.mask))
         return self.adapt(nothing, rows)
 
+    def predictions(self, fast: FastWeights, examples: Examples) -> Tensor:
+        """Predictions [T, E] of each task's events in its adapted state: its scores, by way of the link."""
+        scores = self.predict(fast, examples)
+        return scores if self.link is None else self.link(scores)
+
     def forward(self, episodes: Episodes) -> QueryLoss:
-        """The sum of the tasks' query losses after adaptation, and each before and after."""
+        """The sum of the tasks' query losses after adaptation (and of the link's own), and each before and after."""
         support, query, rows = episodes.support, episodes.query, episodes.rows
-        after = self.task_losses(self.predict(self.adapt(support, rows), query), query)
+        scores = self.predict(self.adapt(support, rows), query)
+        after = self.task_losses(scores if self.link is None else self.link(scores), query)
+        total = after.sum() + self.untouched()
+        if self.link is not None:
+            total = total + self.link.order_loss(scores, query.labels, query.mask).sum()
         with torch.no_grad():
-            before = self.task_losses(self.predict(self.unadapted(support, rows), query), query)
-        return QueryLoss(after.sum() + self.untouched(), after.detach(), before)
+            before = self.task_losses(self.predictions(self.unadapted(support, rows), query), query)
+        return QueryLoss(total, after.detach(), before)
 
     def curves(self) -> dict[str, float]:
         """What of the method is worth a curve: tag → value now."""

@@ -12,6 +12,7 @@ from metatrain.data.schema import LabelKind, Schema
 from metatrain.errors import ConfigError
 from metatrain.meta.layout import Layout
 from metatrain.meta.learner import MetaLearner
+from metatrain.meta.link import Staircase
 from metatrain.model.construct import Setting, made, named
 from metatrain.model.features import Featurizer
 from metatrain.model.metamodel import MetaModel
@@ -115,7 +116,33 @@ def _meta_learner(schema: Schema, config: Config, layout: Layout, learner: nn.Mo
             ("order", "steps", "rate", "adapt", "adapt_rows", "chunk", "loss", "inner_loss", "huber_delta", "engine"),
         ),
     ]
-    return made(kind, (learner,), settings, meta.options, "meta")
+    built = made(kind, (learner,), settings, meta.options, "meta")
+    if config.model.levels:
+        built.link = _link(schema, config, kind)
+    return built
+
+
+def _link(schema: Schema, config: Config, kind: type[MetaLearner]) -> Staircase:
+    """The staircase of a recipe that asks for one; ConfigError where it would do nothing or harm."""
+    levels, loss = config.model.levels, config.meta.loss
+    reason = ""
+    if schema.label is not LabelKind.RATING:
+        reason = "labels are clicks"
+    elif kind.forward is not MetaLearner.forward:
+        reason = f"{kind.__name__} takes its query loss in its inner loop, of scores alone"
+    elif loss == "squared":
+        reason = "under squared error the best prediction is a mean, which is no level"
+    if not reason:
+        try:
+            return Staircase(schema.label_min, schema.label_max, levels)
+        except ValueError as error:
+            reason = str(error)
+    raise ConfigError(
+        f"A staircase of levels can't be used: {reason}.",
+        where="model.levels",
+        got=levels,
+        remedy="Set `model.levels: 0`, or another loss or meta-learner.",
+    )
 
 
 def _offset(schema: Schema, loss: str) -> float:

@@ -200,7 +200,7 @@ class MetaModel(nn.Module):
             slots[name] = Slots(*(t.expand(-1, count, -1) for t in of_ids))
             own[name] = torch.cat([own[name], rows[name].expand(tasks, -1, -1)], dim=1)
         zeros = x.new_zeros(tasks, count)
-        return self.meta.predict(
+        return self.meta.predictions(
             FastWeights(adapted.fast.weights, own), Examples(x, slots, zeros, torch.ones_like(zeros))
         )
 
@@ -221,7 +221,7 @@ class MetaModel(nn.Module):
         for start in range(0, episodes.size, chunk):
             few = support.tasks(start, start + chunk), {n: own[start : start + chunk] for n, own in rows.items()}
             fast = self.meta.adapt(*few) if adapted else self.meta.unadapted(*few)
-            parts.append(self.meta.predict(fast, query.tasks(start, start + chunk)))
+            parts.append(self.meta.predictions(fast, query.tasks(start, start + chunk)))
         return torch.cat(parts)
 
 

@@ -103,6 +103,9 @@ def test_an_adapted_feature_comes_last():
         ({"meta": {"options": {"anything": 1}}}, "MAML has no such option"),
         ({"model": {"learner": "factorisation", "norm": "layer"}}, "model.norm"),
         ({"meta": {"adapt": ["hed.*"]}}, "matches no parameter"),
+        ({"meta": {"loss": "absolute"}, "model": {"levels": 5}}, "MAML takes its query loss in its inner loop"),
+        ({"meta": {"algorithm": "ridge"}, "model": {"levels": 5}}, "under squared error the best prediction is a mean"),
+        ({"meta": {"algorithm": "ridge", "loss": "absolute"}, "model": {"levels": 1}}, "two levels at least"),
     ],
 )
 def test_what_cannot_be_made_is_refused(sections: dict, message: str, tmp_path: Path):
