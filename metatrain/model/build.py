@@ -23,7 +23,11 @@ META_LEARNERS = {
     "ridge": "metatrain.meta.ridge:Ridge",
 }
 BASE_LEARNERS = {
+    "content": "metatrain.model.learners.content:ContentBased",
+    "cross": "metatrain.model.learners.cross:DeepCross",
+    "deepfm": "metatrain.model.learners.deepfm:DeepFM",
     "factorisation": "metatrain.model.learners.factorisation:Factorisation",
+    "hybrid": "metatrain.model.learners.hybrid:Hybrid",
     "mlp": "metatrain.model.learners.mlp:MLP",
 }
 
