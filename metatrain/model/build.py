@@ -21,6 +21,7 @@ from metatrain.model.tables import Tables
 META_LEARNERS = {
     "maml": "metatrain.meta.maml:MAML",
     "ridge": "metatrain.meta.ridge:Ridge",
+    "sequence": "metatrain.meta.sequence:SequenceAttention",
 }
 BASE_LEARNERS = {
     "content": "metatrain.model.learners.content:ContentBased",
