@@ -23,6 +23,8 @@ Symbols: T tasks, S support events, Q events to score, H width of a representati
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu, scaled_dot_product_attention
@@ -79,6 +81,8 @@ class SequenceAttention(MetaLearner):
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(blocks))
         self.attention = Attention(h, width, heads)
         self.weights = nn.Linear(width, h + 1, bias=False)
+        # Small, so that scores start near the base learner's; zero would keep what is below from learning at first.
+        nn.init.normal_(self.weights.weight, std=0.1 / math.sqrt(width))
 
     def adapt(self, support: Examples, rows: Tensors) -> FastWeights:
         """See `MetaLearner.adapt`: `keys` and `values` [T, 1 + S, A], the null key first, and their `mask`."""
