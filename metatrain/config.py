@@ -237,7 +237,8 @@ class ModelConfig(Section):
     """The base learner over the features of user, item and context."""
 
     learner: str = "mlp"
-    """Base learner: mlp, or the import path of a class of your own (see docs/adding-a-meta-learner.md)."""
+    """Base learner: mlp, factorisation, content (items by their features alone), hybrid (both of these, mixed), deepfm,
+    cross (DCN-v2), or the import path of a class of your own (see docs/adding-a-meta-learner.md)."""
     options: dict[str, Option] = {}
     """Settings that this base learner alone has, by the names of its constructor's arguments."""
     hidden: tuple[Positive, ...] = (64, 64)

@@ -22,9 +22,14 @@ from metatrain.model.tables import Tables
 META_LEARNERS = {
     "maml": "metatrain.meta.maml:MAML",
     "ridge": "metatrain.meta.ridge:Ridge",
+    "sequence": "metatrain.meta.sequence:SequenceAttention",
 }
 BASE_LEARNERS = {
+    "content": "metatrain.model.learners.content:ContentBased",
+    "cross": "metatrain.model.learners.cross:DeepCross",
+    "deepfm": "metatrain.model.learners.deepfm:DeepFM",
     "factorisation": "metatrain.model.learners.factorisation:Factorisation",
+    "hybrid": "metatrain.model.learners.hybrid:Hybrid",
     "mlp": "metatrain.model.learners.mlp:MLP",
 }
 

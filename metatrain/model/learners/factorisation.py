@@ -14,7 +14,8 @@ import itertools
 import torch
 from torch import Tensor, nn
 
-from metatrain.meta.layout import ITEM, Layout
+from metatrain.meta.layout import Layout
+from metatrain.model.learners.layers import is_content, is_id
 from metatrain.model.learners.mlp import activation_of
 
 
@@ -52,9 +53,7 @@ class Factorisation(nn.Module):
         width: int = 32,
     ) -> None:
         super().__init__()
-        is_id = [c for c in layout.features if c.feature == ITEM and c.owner == "item"]
-        id_columns = layout.where(lambda c: c in is_id)
-        content = layout.where(lambda c: c.owner != "task" and c not in is_id)
+        id_columns, content = layout.where(is_id), layout.where(is_content)
         if not (len(id_columns) or len(content)):
             raise ValueError("a factorisation needs the item's id or features of items: add to model.features")
         #: D, the width of an item's vector.
