@@ -105,18 +105,26 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
         assert distance <= tolerance * e.norm() + 3e-7 * whole, f"{name}: {float(distance / e.norm().clamp(min=1e-30))}"
 
 
-def check_contract(make: Callable[[], MetaLearner], *, click: bool = False) -> None:
-    """What `MetaLearner` promises of any method. `make` gives a float64 meta-learner over `LAYOUT`."""
+def check_contract(make: Callable[[], MetaLearner], *, click: bool = False, own_losses: bool = False) -> None:
+    """What `MetaLearner` promises of any method.
+
+    Args:
+        make: Gives a float64 meta-learner over `LAYOUT`.
+        click: Whether labels are clicks.
+        own_losses: Whether the method's meta-loss has terms beside the query loss.
+    """
     torch.manual_seed(0)
     meta, episodes = make().double(), made_up(click=click)
     found = meta(episodes)
     gradient = meta_gradient(meta, found.total)
     assert torch.isfinite(found.after).all()
-    torch.testing.assert_close(found.total.detach(), found.after.sum())
+    if not own_losses:
+        torch.testing.assert_close(found.total.detach(), found.after.sum())
     # Padding changes nothing, whatever it holds.
     more = meta(padded(episodes))
     torch.testing.assert_close(more.after, found.after)
     torch.testing.assert_close(more.before, found.before)
+    torch.testing.assert_close(more.total, found.total)
     assert_close(meta_gradient(meta, more.total), gradient, 1e-9)
     # Tasks don't see one another: each alone gives the same loss, and the gradients add up.
     alone = [meta(one_task(episodes, task)) for task in range(episodes.size)]
