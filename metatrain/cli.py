@@ -72,10 +72,13 @@ class RecommendArguments:
 
     events: str | None = None
     """CSV, JSON lines or Parquet with the columns `item` and `label`, and `user`, `timestamp` and the user's features
-    where there are any."""
+    where there are any. Where the run's tasks are items: `user` and `label`, and `item`, `title`, `timestamp` and the
+    item's features."""
     user: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction] = ()
     """Users of the dataset, by key, in place of a file: their own events are the support. `--user 5 7`, or
     `--user 5 --user 7`."""
+    item: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction] = ()
+    """Items of the dataset, by key, where its tasks are items: `--item 50 172`. Users of the catalogue are ranked."""
     top: int = 10
     """Length of each list."""
     checkpoint: int | None = None
@@ -190,13 +193,19 @@ def _evaluate(given: list[str]) -> None:
 def _recommend(given: list[str]) -> None:
     subject, rest = _subject(given, "recommend", "a RUN (its folder, or its recipe)")
     options = _parse(RecommendArguments, RecommendArguments(), rest, "recommend RUN")
-    if (options.events is None) == (not options.user):
-        raise ConfigError("`metatrain recommend` needs `--events FILE` or `--user KEY`.", remedy="Give one of the two.")
+    named = {"user": options.user, "item": options.item}
+    if sum([options.events is not None, bool(options.user), bool(options.item)]) != 1:
+        raise ConfigError(
+            "`metatrain recommend` needs `--events FILE`, `--user KEY` or `--item KEY`.", remedy="Give one of them."
+        )
     from metatrain.recommend.recommender import Recommender
 
     recommender = Recommender.load(_run_url(subject), checkpoint=options.checkpoint, dataset=options.dataset)
-    users = [key for keys in options.user for key in keys]
-    adapted = recommender.adapt(options.events) if options.events else recommender.adapt_users(users)
+    task = recommender.dataset.manifest.task
+    if options.events is None and not named[task]:
+        raise ConfigError(f"The run's tasks are {task}s.", where=recommender.dataset.url, remedy=f"Give --{task} KEY.")
+    tasks = [key for keys in named[task] for key in keys]
+    adapted = recommender.adapt(options.events) if options.events is not None else recommender.adapt_users(tasks)
     render = adapted.json_lines if options.format == "json" else adapted.table
     print(render(options.top, exclude_seen=not options.keep_seen, min_events=options.min_events))
 

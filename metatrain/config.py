@@ -40,11 +40,12 @@ class Section(BaseModel):
 
 
 class UserSplit(Section):
-    """How users (task keys) go to training, validation and test."""
+    """How tasks (users; items, with `task: item`) go to training, validation and test."""
 
     by: Literal["hash", "time", "given"] = "hash"
     """hash: by a hash of the key and `salt`; time: users whose first event is latest are test, before them validation;
-    given: as `column` of the user table, or the two-column file `file`, says (train, validation or test)."""
+    given: as `column` of the user table (with `task: item` of the item table), or the two-column file `file`, says
+    (train, validation or test)."""
     validation: Fraction = 0.1
     """Share of users for validation (hash and time)."""
     test: Fraction = 0.2
@@ -58,7 +59,7 @@ class UserSplit(Section):
 
 
 class ItemSplit(Section):
-    """Which items are new: held out of training with all their events."""
+    """Which items (users, with `task: item`) are new: held out of training with all their events."""
 
     by: Literal["none", "hash", "time", "given"] = "none"
     """none: no item is new; hash: by a hash of the key; time: items whose first event is latest, or, with `column`,
@@ -100,7 +101,7 @@ class Columns(Section):
     """Columns of a generic event log, and how its features are read. See docs/configuration.md for an example."""
 
     task: str = "user_id"
-    """Column of the task's key (the user)."""
+    """Column of the user's key (the task's, where tasks are users)."""
     item: str = "item_id"
     """Column of the item's key."""
     label: str | None = "label"
@@ -142,6 +143,12 @@ class PrepareConfig(Section):
 
     source: str | None = None
     """movielens-100k, movielens-1m, movielens (any layout, with `path`), netflix, events, or synthetic."""
+    task: Literal["user", "item"] = "user"
+    """What a task is: all events of a user, or (item) all events of an item, for items that are new. With item the
+    sides are exchanged: the catalogue holds the users, with their features at level item, and the items' features are
+    at level task. `user_split` then splits the items into training, validation and test, `item_split` the users into
+    existing and new, `min_events` and `max_events` are of an item, and `item_width` is that of a user's id. What
+    describes the raw log (`users`, `items`, `columns`, the level of `features`) stays as the log has it."""
     path: str | None = None
     """Where the raw files are: a file, folder, zip, URL or pattern. Default: download, where the source can."""
     extras: str | None = None
@@ -163,9 +170,9 @@ class PrepareConfig(Section):
     feature_width: Width = 16
     """Embedding width of the sources' own features (MovieLens, Netflix, synthetic), a multiple of 4."""
     min_events: Positive = 5
-    """Users with fewer events are left out, and counted."""
+    """Users (items, with `task: item`) with fewer events are left out, and counted."""
     max_events: Positive = 10_000
-    """Of a user's events beyond this many the oldest are left out, and counted."""
+    """Of a task's events beyond this many the oldest are left out, and counted."""
     row_group_tasks: Positive | None = None
     """Tasks in a row group, the unit of reading. Default: by the dataset's size, 16 to 1024."""
     shards: Positive | None = None
@@ -173,11 +180,16 @@ class PrepareConfig(Section):
     skip_bad_rows: bool = False
     """Count and skip rows that cannot be parsed, in place of an error."""
     user_split: UserSplit = UserSplit()
-    """Users: training, validation, test."""
+    """Users (items, with `task: item`): training, validation, test."""
     item_split: ItemSplit = ItemSplit()
-    """Items: existing, new."""
+    """Items (users, with `task: item`): existing, new."""
     synthetic: Synthetic = Synthetic()
     """Settings of the synthetic source."""
+
+    @property
+    def catalogued(self) -> str:
+        """What a row of the catalogue is: "item", or "user" where items are the tasks."""
+        return "item" if self.task == "user" else "user"
 
 
 # --- data ----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ Layout of a dataset at URL::
 
 Columns of a shard: `key` (string), `items` (list<int32>: catalogue rows), `labels` (list<float>),
 `timestamps` (list<int64>: seconds), `task:NAME` a task feature, `event:NAME` an event feature. The three lists and
-the event columns of one row have the same length; events are in time order, ties in the log's order.
+the event columns of one row have the same length; events are in time order, ties in the log's order. Where tasks are
+items, a shard also has `title` (string or null), and the catalogue's rows are users.
 Columns of the catalogue: `key` (string), `title` (string or null), `new` (bool: an item held out of training),
 `item:NAME` a feature, `training_events` (int64: events of training users on it, 0 for a new item).
 A feature's column is int32 (categorical), list<int32> (multi), float32 (numeric, standardised), or
@@ -23,7 +24,7 @@ from __future__ import annotations
 import hashlib
 import json
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -36,7 +37,7 @@ FILE = "manifest.json"
 
 
 class Split(StrEnum):
-    """Which users: each user (task key) is in exactly one split."""
+    """Which tasks: each task's key (a user's; an item's) is in exactly one split."""
 
     TRAIN = "train"
     VALIDATION = "validation"
@@ -91,6 +92,13 @@ class Manifest(_Frozen):
     prepared_with: dict[str, Any]
     #: Free facts for people, such as a synthetic log's Bayes-optimal error.
     facts: dict[str, Any] = {}
+    #: What a task is. Datasets from before there was a choice have users.
+    task: Literal["user", "item"] = "user"
+
+    @property
+    def catalogued(self) -> str:
+        """What a row of the catalogue is: "item", or "user" where items are the tasks."""
+        return "item" if self.task == "user" else "user"
 
     def of(self, split: Split) -> tuple[Shard, ...]:
         """The shards of one split, in the plan's order (by path)."""

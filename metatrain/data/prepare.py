@@ -1,4 +1,5 @@
-"""From a raw log to a task dataset, out of core: memory grows with the number of items, never with that of users.
+"""From a raw log to a task dataset, out of core: memory grows with the catalogue (the items; the users where
+`prepare.task` is item), never with the number of tasks.
 
 Three passes: read the log piece by piece and stage its rows by partition of users; group each partition and count
 (statistics of training users alone); encode and write. The manifest comes last, so a preparation that is killed leaves
@@ -90,8 +91,9 @@ def prepare(
 
 def summary(manifest: Manifest) -> str:
     """What a dataset holds and what was left out, as a small table."""
-    lines = [f"{manifest.name}: {manifest.items:,} items, {manifest.new_items:,} of them new"]
-    lines += [f"  {s.value:<12}{manifest.tasks[s]:>12,} users{manifest.events[s]:>14,} events" for s in Split]
+    task = manifest.task
+    lines = [f"{manifest.name}: {manifest.items:,} {manifest.catalogued}s, {manifest.new_items:,} of them new"]
+    lines += [f"  {s.value:<12}{manifest.tasks[s]:>12,} {task}s{manifest.events[s]:>14,} events" for s in Split]
     s = manifest.schema_
     scale = f"{s.label_min:g} to {s.label_max:g}, mean {s.label_mean:.3f}, deviation {s.label_deviation:.3f}"
     lines.append(f"  labels      {s.label.value}, {scale}")
@@ -107,16 +109,16 @@ def summary(manifest: Manifest) -> str:
 def _prepare(pool: Workers, config: PrepareConfig, url: str, raw: RawLog, origin: dict[str, Any]) -> Manifest:
     skipped: dict[str, int] = {}
     log_ = _stage(pool, config, url, raw)
-    _count(skipped, "bad rows", raw.bad_rows + sum(piece.bad for piece in log_.pieces))
+    _count(skipped, "bad rows", raw.bad_rows + log_.bad + sum(piece.bad for piece in log_.pieces))
     catalogue, keys = log_.catalogue, log_.catalogue["key"].combine_chunks()
-    new = new_items(keys, log_.first, catalogue, config.item_split)
+    new = new_items(keys, log_.first, catalogue, config.item_split, config.catalogued)
     staged, totals, thresholds = _group(pool, log_, ItemIndex(log_.fingerprints, new), skipped)
-    _count(skipped, "users that the given split does not name", totals.left_out)
+    _count(skipped, f"{config.task}s that the given split does not name", totals.left_out)
     if not totals.training_events.any():
         raise SourceError(
-            "No training user has an event on an existing item.",
+            f"No training {config.task} has an event on an existing {config.catalogued}.",
             where=raw.name,
-            got=_tasks_text(totals.tasks),
+            got=", ".join(f"{n} {split.value} {config.task}s" for split, n in totals.tasks.items()),
             remedy="Check prepare.user_split, prepare.item_split and prepare.min_events.",
         )
 
@@ -146,6 +148,7 @@ def _prepare(pool: Workers, config: PrepareConfig, url: str, raw: RawLog, origin
         vocabularies_sha256=checksums,
         prepared_with=origin,
         facts=raw.facts,
+        task=config.task,
     )
     result.write(url)
     return result
@@ -160,6 +163,7 @@ class _Log:
     catalogue: pa.Table
     first: np.ndarray  # by catalogue row: int64
     fingerprints: pa.Array
+    bad: int  # rows of the items' table that were skipped
 
 
 def _stage(pool: Workers, config: PrepareConfig, url: str, raw: RawLog) -> _Log:
@@ -176,13 +180,13 @@ def _stage(pool: Workers, config: PrepareConfig, url: str, raw: RawLog) -> _Log:
                 pieces.append(piece)
                 for name in piece.items:
                     seen.add(cut.items(name))
-            catalogue, first = raw_catalogue(raw, config, seen)
+            catalogue, first, bad = raw_catalogue(raw, config, seen)
             marks = item_fingerprints(catalogue["key"].combine_chunks(), salt)
         except SameFingerprintError:
             salt += 1  # about once in a hundred million logs of a million items
             storage.remove(storage.join(url, STAGING))
             continue
-        return _Log(cut, pieces, catalogue, first, marks)
+        return _Log(cut, pieces, catalogue, first, marks, bad)
 
 
 def _group(
@@ -209,7 +213,7 @@ def _group(
     staged.sort(key=lambda s: s.number)
     if not sum(s.tasks for s in staged):
         raise SourceError(
-            "The log is empty: no user has enough events.",
+            f"The log is empty: no {config.task} has enough events.",
             where=config.path or config.source,
             got=", ".join(f"{n} {reason}" for reason, n in skipped.items()) or "no events",
             remedy="Check `prepare.path`, or lower prepare.min_events.",
@@ -289,10 +293,6 @@ def _count(skipped: dict[str, int], reason: str, number: int) -> None:
 def _row_group_tasks(tasks: int) -> int:
     """A power of two from 16 to 1024 that cuts the training split into about `_ROW_GROUPS`."""
     return int(min(max(2 ** int(np.log2(max(tasks / _ROW_GROUPS, 1))), 16), 1024))
-
-
-def _tasks_text(tasks: dict[Split, int]) -> str:
-    return ", ".join(f"{n} {split.value} users" for split, n in tasks.items())
 
 
 __all__ = ["prepare", "summary"]

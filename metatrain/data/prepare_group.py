@@ -20,7 +20,7 @@ from metatrain.errors import SourceError
 class Grouped:
     """One partition: its tasks, their events behind one another, and what was left out."""
 
-    tasks: pa.Table  # key, events (int64: how many), first (int64: time of the first), split, task:NAME
+    tasks: pa.Table  # key, events (int64: how many), first (int64: time of the first), split, title, task:NAME
     events: pa.Table  # item (int32: catalogue row), label, timestamp, event:NAME
     skipped: dict[str, int]
 
@@ -31,6 +31,7 @@ def group(rows: Gathered, index: ItemIndex, config: PrepareConfig, features: tup
     Raises:
         SourceError: A user has two rows in the user table or the split file.
     """
+    task = config.task  # "user", or "item": what stands for users here
     skipped: dict[str, int] = {}
     events = rows.events
     times = events["timestamp"].to_numpy()
@@ -53,11 +54,11 @@ def group(rows: Gathered, index: ItemIndex, config: PrepareConfig, features: tup
     from_end = np.repeat(np.cumsum(held), held) - np.arange(len(order))  # 1 for a user's last event
     enough = counts >= config.min_events
     kept = (from_end <= config.max_events) & np.repeat(enough, held)
-    _count(skipped, f"users with fewer than {config.min_events} events", int((~enough).sum()))
-    _count(skipped, f"events of users with fewer than {config.min_events}", int(counts[~enough].sum()))
+    _count(skipped, f"{task}s with fewer than {config.min_events} events", int((~enough).sum()))
+    _count(skipped, f"events of {task}s with fewer than {config.min_events}", int(counts[~enough].sum()))
     _count(
         skipped,
-        f"oldest events beyond {config.max_events} of a user",
+        f"oldest events beyond {config.max_events} of {'a user' if task == 'user' else 'an item'}",
         int(np.maximum(counts[enough] - config.max_events, 0).sum()),
     )
 
@@ -73,13 +74,15 @@ def group(rows: Gathered, index: ItemIndex, config: PrepareConfig, features: tup
         "first": pa.array(first[enough]),
     }
     users, given = rows.users, rows.given
-    row = _rows_of(keys, users, "the user table")
-    _count(skipped, "rows of the user table without events", users.num_rows - _matching(users, encoded.dictionary))
+    row = _rows_of(keys, users, f"the {task} table")
+    _count(skipped, f"rows of the {task} table without events", users.num_rows - _matching(users, encoded.dictionary))
     if config.user_split.file:
         tasks["split"] = given["split"].take(_rows_of(keys, given, str(config.user_split.file)))
         _count(skipped, "rows of the split file without events", given.num_rows - _matching(given, encoded.dictionary))
     else:
         tasks["split"] = users["split"].take(row)
+    if "title" in users.column_names:
+        tasks["title"] = users["title"].take(row)
     tasks |= {f"task:{f.name}": users[f"task:{f.name}"].take(row) for f in features if f.level == "task"}
     return Grouped(pa.table(tasks), pa.table(columns), skipped)
 

@@ -64,15 +64,17 @@ class SeenItems:
         self.first = np.concatenate([self.first, first[~mask]])
 
 
-def raw_catalogue(raw: RawLog, config: PrepareConfig, seen: SeenItems) -> tuple[pa.Table, np.ndarray]:
-    """All items: those of the item table in its order, then others that the log knows; and their first times.
+def raw_catalogue(raw: RawLog, config: PrepareConfig, seen: SeenItems) -> tuple[pa.Table, np.ndarray, int]:
+    """All items: those of the item table in its order, then others that the log knows; their first times; and how many
+    rows of the table could not be parsed and were skipped by choice.
 
     Raises:
         SourceError: An item has two rows in the item table.
     """
     fields = {"key": pa.string(), "title": pa.string()}
     fields |= {f.name: raw_type(f) for f in raw.features if f.level == "item"}
-    tables = [rows.table for chunk in raw.items or () for rows in chunk.read()]
+    read = [rows for chunk in raw.items or () for rows in chunk.read()]
+    tables, bad = [rows.table for rows in read], sum(rows.bad for rows in read)
     extra = config.item_split.column
     if extra and extra not in fields and tables and extra in tables[0].column_names:
         fields[extra] = tables[0].schema.field(extra).type
@@ -83,14 +85,17 @@ def raw_catalogue(raw: RawLog, config: PrepareConfig, seen: SeenItems) -> tuple[
         counts = pc.value_counts(keys)
         twice = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")[0].as_py()
         raise SourceError(
-            "An item has two rows.", where=config.items or raw.name, got=twice, remedy="Keep one row an item."
+            f"{'An item' if config.catalogued == 'item' else 'A user'} has two rows.",
+            where=(config.items if config.catalogued == "item" else config.users) or raw.name,
+            got=twice,
+            remedy=f"Keep one row {'an item' if config.catalogued == 'item' else 'a user'}.",
         )
     others = seen.keys.filter(pc.invert(pc.is_in(seen.keys, value_set=keys)))
     others = others.take(pc.sort_indices(others))
     rest = pa.table([others if f.name == "key" else pa.nulls(len(others), f.type) for f in schema], schema=schema)
     catalogue = pa.concat_tables([known, rest]).combine_chunks()
     row = pc.index_in(catalogue["key"].combine_chunks(), value_set=seen.keys)
-    return catalogue, pc.fill_null(pa.array(seen.first).take(row), _NEVER).to_numpy(zero_copy_only=False)
+    return catalogue, pc.fill_null(pa.array(seen.first).take(row), _NEVER).to_numpy(zero_copy_only=False), bad
 
 
 def item_fingerprints(keys: pa.Array, salt: int) -> pa.Array:

@@ -119,14 +119,14 @@ class Partitioning:
         pieces = sorted(pieces, key=lambda p: p.number)  # the log's order, which settles ties of time
         events, left_out = self._events(partition, [p for p in pieces if p.kind is RowKind.EVENT])
         users, given = (
-            pa.concat_tables([row_schema(kind, self.features).empty_table(), *self._rows(partition, runs)])
+            pa.concat_tables([row_schema(kind, self.features, self.config).empty_table(), *self._rows(partition, runs)])
             for kind in (RowKind.TASK, RowKind.GIVEN)
             for runs in [[run for p in pieces if p.kind is kind for run in p.runs]]
         )
         return Gathered(events, left_out, users, given)
 
     def _events(self, partition: int, pieces: Sequence[Piece]) -> tuple[pa.Table, pa.Table]:
-        schema = row_schema(RowKind.EVENT, self.features)
+        schema = row_schema(RowKind.EVENT, self.features, self.config)
         schema = schema.set(schema.get_field_index("item"), pa.field("item", pa.uint64()))
         held, rows, room = [schema.empty_table()], 0, 2 * RUN_ROWS
         left_out = [_LEFT_OUT.empty_table(), *self._rows(partition, [run for p in pieces for run in p.capped])]

@@ -154,6 +154,8 @@ def write_shards(
             "labels": as_lists(picked["label"].combine_chunks(), offsets),
             "timestamps": as_lists(picked["timestamp"].combine_chunks(), offsets),
         }
+        if "title" in own.column_names:
+            columns["title"] = own["title"]
         for f in encoding.schema.features:
             raw = f"{f.level.value}:{f.name}"
             if f.level is Level.TASK:

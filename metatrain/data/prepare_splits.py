@@ -82,7 +82,7 @@ def check_splits(config: PrepareConfig) -> None:
             )
     if users.validation + users.test >= 1:
         raise ConfigError(
-            "Validation and test leave no user for training.",
+            f"Validation and test leave no {config.task} for training.",
             where="prepare.user_split",
             got=users.validation + users.test,
             remedy="Make their shares smaller.",
@@ -170,13 +170,17 @@ def time_thresholds(firsts: Callable[[], Iterable[np.ndarray]], split: UserSplit
     return Thresholds(above(split.validation + split.test), above(split.test))
 
 
-def new_items(keys: pa.Array, first: np.ndarray, items: pa.Table, split: ItemSplit) -> np.ndarray:
+def new_items(
+    keys: pa.Array, first: np.ndarray, items: pa.Table, split: ItemSplit, catalogued: str = "item"
+) -> np.ndarray:
     """Which items are new: bool [n].
 
     Args:
         keys: Item keys, in the catalogue's order.
         first: Time of each item's first event, int64; the greatest integer where it has none.
         items: Their raw rows, in the same order.
+        split: The rule.
+        catalogued: What they are, in messages: "item" or "user".
 
     Raises:
         ConfigError: The column that the split names isn't there.
@@ -194,7 +198,7 @@ def new_items(keys: pa.Array, first: np.ndarray, items: pa.Table, split: ItemSpl
         return _codes(column, [ItemSet.EXISTING.value, ItemSet.NEW.value], pa.chunked_array([keys]), split.file) == 1
     if split.column is None or split.column not in items.column_names:
         raise ConfigError(
-            "The items have no such column.",
+            f"The {catalogued}s have no such column.",
             where="prepare.item_split.column",
             got=split.column,
             remedy=f"Columns: {', '.join(items.column_names)}.",

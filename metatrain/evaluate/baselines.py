@@ -14,6 +14,9 @@ An item without training events has bias 0 and factor 0. Shrinkage, rank and reg
 users from small grids, never on what is reported: on whole supports for the table; for the curve by support size how
 much a user's bias is shrunk is chosen again, on supports of its sizes. Clicks are taken as labels of 0 and 1, so
 predictions are estimates of their probability. Nothing loops over users or events.
+
+Where items are the tasks, "user" in this module stands for the task, and "item" for a user of the catalogue, whose
+number of events is called activity in place of popularity.
 """
 
 from __future__ import annotations
@@ -172,6 +175,7 @@ def fit(
     ranks: Sequence[int] | None = None,
     rounds: int = 10,
     seed: int = 0,
+    task: str = "user",
 ) -> Fitted:
     """Fits all baselines.
 
@@ -185,6 +189,7 @@ def fit(
         ranks: Of the factorisation, tried on validation users. Default: 32, and 8 where events are few.
         rounds: Of alternating least squares.
         seed: Of the factors' start.
+        task: What a task is, for what people read: "user" or "item".
     """
     notes: list[str] = []
     tasks, small = list(validation), list(small)
@@ -199,7 +204,7 @@ def fit(
     if not tasks:
         notes.append("No validation task: the baselines' shrinkage, rank and regularisation are defaults.")
     if events.limited:
-        notes.append(f"Baselines are fitted on the first {events.user_count:,} training users.")
+        notes.append(f"Baselines are fitted on the first {events.user_count:,} training {task}s.")
     grid = [(i, u, fit_biases(events, i, u)) for u in USER_SHRINKAGE for i in ITEM_SHRINKAGE]
     biases = [Bias(mean, fitted[0], u) for _, u, fitted in grid]
     best = chosen(biases, tasks)
@@ -223,12 +228,13 @@ def fit(
         factorisation_small = shrunk[chosen(shrunk, small)]
         again = (bias_small.user_shrinkage, factorisation_small.user_shrinkage)
         if again != (user_shrinkage, user_shrinkage):
+            whose = "a user's" if task == "user" else "an item's"
             notes.append(
-                f"By support size, a user's bias is shrunk by {again[0]:g} ({bias_small.name}) and {again[1]:g} "
-                f"({factorisation.name}) in place of {user_shrinkage:g}: best on validation users with so few events."
+                f"By support size, {whose} bias is shrunk by {again[0]:g} ({bias_small.name}) and {again[1]:g} "
+                f"({factorisation.name}) in place of {user_shrinkage:g}: best on validation {task}s with so few events."
             )
     constants = (GlobalMean(mean), SupportMean(mean), SupportMedian(mean))
-    popular = Popularity(popularity)
+    popular = Popularity(popularity, "popularity" if task == "user" else "activity")
     return Fitted(
         (*constants, biases[best], factorisation, popular),
         (*constants, bias_small, factorisation_small, popular),

@@ -20,7 +20,7 @@ from metatrain.data.reader import iterate
 from metatrain.errors import CheckpointError
 from metatrain.evaluate import baselines
 from metatrain.evaluate.baselines import Baseline
-from metatrain.evaluate.protocols import PARTITIONS, Judge, Measured, Partition, draws_of, measure
+from metatrain.evaluate.protocols import Judge, Measured, Partition, draws_of, measure, partitions
 from metatrain.evaluate.report import ADAPTED, UNADAPTED, Report
 from metatrain.evaluate.tasks import PaddedTasks, newest_support, padded
 from metatrain.evaluate.training_events import TrainingEvents, training_events
@@ -68,6 +68,8 @@ def evaluate_run(
 def evaluate_recommender(recommender: Recommender, config: EvaluateConfig, *, progress: bool = False) -> Report:
     """Evaluates a loaded recommender; nothing is written."""
     dataset = recommender.dataset
+    task, catalogued = dataset.manifest.task, dataset.manifest.catalogued
+    all_partitions = partitions(task, catalogued)
     judge = Judge(dataset.schema, config)
     fitted = fit_baselines(dataset, judge)
     orders_alone = frozenset(b.name for b in fitted.baselines if not b.predicts)
@@ -84,11 +86,11 @@ def evaluate_recommender(recommender: Recommender, config: EvaluateConfig, *, pr
 
     measured: dict[str, Measured] = {}
     notes = list(fitted.notes)
-    for partition in PARTITIONS:
+    for partition in all_partitions:
         if not dataset.manifest.tasks.get(partition.split, 0):
-            notes.append(f"{partition.name}: left out, the dataset has no {partition.split.value} users.")
+            notes.append(f"{partition.name}: left out, the dataset has no {partition.split.value} {task}s.")
         elif partition.items is ItemSet.NEW and not dataset.manifest.new_items:
-            notes.append(f"{partition.name}: left out, the dataset has no new items.")
+            notes.append(f"{partition.name}: left out, the dataset has no new {catalogued}s.")
         else:
             bar = _bar(dataset, partition, config) if progress else None
             measured[partition.name] = measure(
@@ -102,7 +104,7 @@ def evaluate_recommender(recommender: Recommender, config: EvaluateConfig, *, pr
             if bar is not None:
                 bar.close()
     notes.extend(note for result in measured.values() for note in result.notes)
-    notes.extend(_left_out(measured, dataset, judge))
+    notes.extend(_left_out(measured, all_partitions, dataset, judge))
     return Report(
         dataset=dataset.manifest.name,
         run=recommender.config.run.name,
@@ -110,13 +112,14 @@ def evaluate_recommender(recommender: Recommender, config: EvaluateConfig, *, pr
         configuration=config.model_dump(mode="json"),
         rows=tuple(row for m in measured.values() for row in m.rows),
         by_support_size=tuple(row for m in measured.values() for row in m.by_support_size),
-        partitions={p.name: p.words for p in PARTITIONS if p.name in measured and measured[p.name].rows},
+        partitions={p.name: p.words for p in all_partitions if p.name in measured and measured[p.name].rows},
         notes=tuple(notes),
         paired=tuple(row for m in measured.values() for row in m.paired),
         facts={
             "dataset_url": dataset.url,
             "dataset_fingerprint": dataset.fingerprint,
             "run_url": recommender.run_url,
+            "task": task,
             "relevant_from": judge.relevant_from,
             "baselines": fitted.chosen,
             "tasks_outside_bounds": {name: m.skipped for name, m in measured.items()},
@@ -125,16 +128,19 @@ def evaluate_recommender(recommender: Recommender, config: EvaluateConfig, *, pr
     )
 
 
-def _left_out(measured: dict[str, Measured], dataset: TaskDataset, judge: Judge) -> Iterator[str]:
-    """Notes on tasks beyond the bound, on users without an episode, and on metrics that no task has defined."""
+def _left_out(
+    measured: dict[str, Measured], all_partitions: tuple[Partition, ...], dataset: TaskDataset, judge: Judge
+) -> Iterator[str]:
+    """Notes on tasks beyond the bound, on tasks without an episode, and on metrics that no task has defined."""
+    task = dataset.manifest.task
     few = "too few" if judge.config.episode.events_max == EpisodeConfig().events_max else "too few or too many"
-    for partition in PARTITIONS:
+    for partition in all_partitions:
         total = dataset.manifest.tasks.get(partition.split, 0)
         if partition.name in measured and (seen := measured[partition.name].seen) < total:
-            yield f"{partition.name}: measured on the first {seen:,} of {total:,} users (evaluate.max_tasks)."
+            yield f"{partition.name}: measured on the first {seen:,} of {total:,} {task}s (evaluate.max_tasks)."
         if partition.name in measured and (result := measured[partition.name]).rows and result.skipped:
             yield (
-                f"{partition.name}: {result.skipped:,} of {result.seen:,} users have {few} events for an episode and "
+                f"{partition.name}: {result.skipped:,} of {result.seen:,} {task}s have {few} events for an episode and "
                 "are left out."
             )
     for metric in judge.names(True):
@@ -143,7 +149,7 @@ def _left_out(measured: dict[str, Measured], dataset: TaskDataset, judge: Judge)
 
 
 def fit_baselines(dataset: TaskDataset, judge: Judge) -> baselines.Fitted:
-    """The baselines of a dataset: training users' events on existing items; settings chosen on validation users."""
+    """The baselines of a dataset: training tasks' events on the existing catalogue; settings chosen on validation."""
     config = judge.config
 
     batches = list(_validation_batches(dataset, config))
@@ -155,6 +161,7 @@ def fit_baselines(dataset: TaskDataset, judge: Judge) -> baselines.Fitted:
         # Without support no setting of a user matters.
         small=(padded(newest_support(batch, size)) for batch in batches for size in config.support_sizes if size),
         seed=config.seed,
+        task=dataset.manifest.task,
     )
 
 

@@ -8,6 +8,9 @@ new items     training        new
 both          test            new
 ============  ==============  ==============
 
+Where tasks are items it is the other way round: new items are test tasks on existing users, new users are new rows of
+the catalogue.
+
 Support and query of a task are both inside its partition. All scorers see the same episodes, batch by batch: what is
 kept of a batch is one number a task a metric. Predictions are held to the range of the training labels before errors
 are taken, for every scorer alike; ranking uses scores as they are.
@@ -43,11 +46,17 @@ class Partition:
     words: str
 
 
-PARTITIONS = (
-    Partition("new users", Split.TEST, ItemSet.EXISTING, "test users, existing items"),
-    Partition("new items", Split.TRAIN, ItemSet.NEW, "training users, new items"),
-    Partition("both", Split.TEST, ItemSet.NEW, "test users, new items"),
-)
+def partitions(task: str = "user", catalogued: str = "item") -> tuple[Partition, ...]:
+    """The partitions of a dataset whose tasks and whose catalogue's rows are called so (see `Manifest.task`)."""
+    return (
+        Partition(f"new {task}s", Split.TEST, ItemSet.EXISTING, f"test {task}s, existing {catalogued}s"),
+        Partition(f"new {catalogued}s", Split.TRAIN, ItemSet.NEW, f"training {task}s, new {catalogued}s"),
+        Partition("both", Split.TEST, ItemSet.NEW, f"test {task}s, new {catalogued}s"),
+    )
+
+
+#: Of users' tasks.
+PARTITIONS = partitions()
 
 #: A batch, and the same padded → scores [T, Q] by the scorer's name, in the order of the table.
 ScoreAll = Callable[[TaskBatch, PaddedTasks], Mapping[str, Array]]

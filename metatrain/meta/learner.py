@@ -37,7 +37,9 @@ _CALL_SECONDS, _OPERATION_SECONDS = 1e-3, 2e-11
 class QueryLoss(NamedTuple):
     """The meta-loss of T tasks."""
 
-    total: Tensor  # scalar to differentiate: the sum over tasks of each one's mean query loss after adaptation
+    # Scalar to differentiate: the sum over tasks of each one's mean query loss after adaptation; a method may weigh
+    # that with losses of its own.
+    total: Tensor
     after: Tensor  # [T], detached: each task's mean query loss after adaptation
     before: Tensor  # [T], detached: the same without adaptation
 

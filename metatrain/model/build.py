@@ -21,6 +21,8 @@ from metatrain.model.tables import Tables
 #: Name → import path. One file each.
 META_LEARNERS = {
     "maml": "metatrain.meta.maml:MAML",
+    "metaembedding": "metatrain.meta.metaembedding:MetaEmbedding",
+    "mwuf": "metatrain.meta.mwuf:MWUF",
     "ridge": "metatrain.meta.ridge:Ridge",
     "sequence": "metatrain.meta.sequence:SequenceAttention",
 }

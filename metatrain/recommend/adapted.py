@@ -37,7 +37,8 @@ class Adapted:
     """U users, in the order in which their events came.
 
     Attributes:
-        users: Their keys; "you" for events without a user column.
+        users: Their keys; "you" for events without a user column. Where tasks are items, the items' keys.
+        titles: Of the tasks, by key; of items alone, where they are known.
         warnings: What was left out by choice, in words.
         unknown_items: Items that the catalogue doesn't hold, and how many events named each.
     """
@@ -45,7 +46,7 @@ class Adapted:
     def __init__(self, recommender: Recommender, requests: Requests) -> None:
         self.recommender, self.requests = recommender, requests
         self.users, self.warnings = list(requests.users), list(requests.warnings)
-        self.unknown_items = dict(requests.unknown_items)
+        self.unknown_items, self.titles = dict(requests.unknown_items), dict(requests.titles)
         self._ranked: dict[tuple[int, bool, int], tuple[list[Ranking], list[Ranking]]] = {}
 
     def top(self, k: int = 10, exclude_seen: bool = True, min_events: int = 0) -> list[Ranking]:
@@ -90,12 +91,18 @@ class Adapted:
         if user is None and len(self.users) == 1:
             return 0
         if user not in self.users:
+            task = self.recommender.dataset.manifest.task
             raise RequestError(
-                "There is no such user among those adapted to." if user is not None else "Which user is meant?",
+                f"There is no such {task} among those adapted to." if user is not None else f"Which {task} is meant?",
                 got=user,
                 remedy=f"One of: {', '.join(self.users[:10])}{', …' if len(self.users) > 10 else ''}.",
             )
         return self.users.index(user)
+
+    def named(self, user: str) -> str:
+        """A task as people read it: `user 7`, or `item 50 (Star Wars)`."""
+        title = f" ({self.titles[user]})" if user in self.titles else ""
+        return f"{self.recommender.dataset.manifest.task} {user}{title}"
 
     def _rankings(self, k: int, exclude_seen: bool, min_events: int) -> tuple[list[Ranking], list[Ranking]]:
         if k < 1:

@@ -3,6 +3,8 @@
 Columns: `item` (the catalogue's key; MovieLens' id, for one) and `label`; optionally `user` (without it all events are
 one user's), `timestamp` (seconds, milliseconds or ISO 8601; without it events are in time order as they stand), and
 any task or event feature of the dataset by its name. The label may be left out where labels are clicks: each is 1.
+Where the dataset's tasks are items, events are of people who liked or disliked a new item: `user` is the catalogue's
+key, `item` (optional; without it all events are one item's) tells the new items apart, and `title` may name them.
 What is bad is refused with its place. What is left out by choice (unknown items, events beyond the most recent that
 the model takes, columns that mean nothing here, values of features that training never saw) is counted in `warnings`.
 """
@@ -10,7 +12,7 @@ the model takes, columns that mean nothing here, values of features that trainin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,12 +29,14 @@ from metatrain.errors import RequestError
 from metatrain.recommend.encoding import as_text, encoded
 from metatrain.recommend.event_tables import Events, Places, read_table
 
-USER, ITEM, LABEL, TIMESTAMP = "user", "item", "label", "timestamp"
+LABEL, TIMESTAMP, TITLE = "label", "timestamp", "title"
+#: What the one task of events without its column is called.
+UNNAMED = {"user": "you", "item": "new item"}
 
 
 @dataclass(frozen=True)
 class Requests:
-    """U users' supports, events in time order, ready for a batch."""
+    """U users' (tasks') supports, events in time order, ready for a batch."""
 
     users: tuple[str, ...]
     supports: tuple[Support, ...]
@@ -43,6 +47,8 @@ class Requests:
     #: Items that the catalogue doesn't hold, and how many events named each.
     unknown_items: dict[str, int]
     warnings: tuple[str, ...]
+    #: Titles of tasks that have one, by key: of items alone.
+    titles: dict[str, str] = field(default_factory=dict)
 
     def batch(self, dataset: TaskDataset, tasks: np.ndarray, kept: Sequence[np.ndarray] | None = None) -> TaskBatch:
         """A batch of supports without queries.
@@ -77,24 +83,26 @@ def read_requests(events: Events, dataset: TaskDataset, support_max: int) -> Req
             file, the place, the value and the remedy.
     """
     table, places = read_table(events)
+    task, entry = dataset.manifest.task, dataset.manifest.catalogued  # "user" and "item", or the other way round
     if not table.num_rows:
-        raise RequestError("There are no events.", where=places.file, remedy="Give at least one event: item and label.")
-    if ITEM not in table.column_names:
-        raise _missing(ITEM, table, places)
+        remedy = f"Give at least one event: {entry} and label."
+        raise RequestError("There are no events.", where=places.file, remedy=remedy)
+    if entry not in table.column_names:
+        raise _missing(entry, table, places, dataset)
     if LABEL not in table.column_names and dataset.schema.label is LabelKind.RATING:
-        raise _missing(LABEL, table, places)
-    items = _checked(as_text(_whole(table[ITEM])), Check.KEY, ITEM, places)
+        raise _missing(LABEL, table, places, dataset)
+    items = _checked(as_text(_whole(table[entry])), Check.KEY, entry, places)
     users = (
-        _checked(as_text(_whole(table[USER])), Check.KEY, USER, places)
-        if USER in table.column_names
-        else pa.array(["you"] * len(table))
+        _checked(as_text(_whole(table[task])), Check.KEY, task, places)
+        if task in table.column_names
+        else pa.array([UNNAMED[task]] * len(table))
     )
     labels = _labels(table, dataset.schema, places)
     # Without times the order given is the order of time: positions stand in for them.
     times = np.arange(len(table), dtype=np.int64)
     if TIMESTAMP in table.column_names:
         times = np.asarray(parsed(_checked(table[TIMESTAMP], Check.TIME, TIMESTAMP, places), Check.TIME))
-    warnings = _ignored(table, dataset.schema)
+    warnings = _ignored(table, dataset)
 
     names, codes = _in_order_of_appearance(users)
     rows = np.asarray(dataset.catalogue.rows_of(items.to_pylist()), dtype=np.int64)
@@ -103,7 +111,7 @@ def read_requests(events: Events, dataset: TaskDataset, support_max: int) -> Req
     if unknown:
         shown = ", ".join(list(unknown)[:5]) + (", …" if len(unknown) > 5 else "")
         warnings.append(
-            f"{sum(unknown.values())} of {len(table)} events left out: items not in the catalogue ({shown})."
+            f"{sum(unknown.values())} of {len(table)} events left out: {entry}s not in the catalogue ({shown})."
         )
     order = np.lexsort((np.arange(len(rows)), times, codes))
     order = order[rows[order] >= 0]
@@ -111,11 +119,11 @@ def read_requests(events: Events, dataset: TaskDataset, support_max: int) -> Req
     ends = np.cumsum(lengths)
     recent = np.arange(len(order)) >= (ends - support_max)[codes[order]]
     if not recent.all():
-        warnings.append(f"{(~recent).sum()} events left out: the model takes each user's {support_max} most recent.")
+        warnings.append(f"{(~recent).sum()} events left out: the model takes each {task}'s {support_max} most recent.")
     kept = order[recent]
     if without := [name for name, n in zip(names, lengths, strict=True) if not n]:
         shown = ", ".join(without[:5]) + (", …" if len(without) > 5 else "")
-        warnings.append(f"{len(without)} users have no event on a known item, and are not adapted to: {shown}.")
+        warnings.append(f"{len(without)} {task}s have no event on a known {entry}, and are not adapted to: {shown}.")
     cuts = np.cumsum(np.bincount(codes[kept], minlength=len(names)))[:-1]
     supports = zip(np.split(rows[kept], cuts), np.split(labels[kept], cuts), np.split(times[kept], cuts), strict=True)
     task_features, unknown_of_users = _task_features(table, dataset, codes, len(names), places)
@@ -130,6 +138,7 @@ def read_requests(events: Events, dataset: TaskDataset, support_max: int) -> Req
         event_features=event_features,
         unknown_items=unknown,
         warnings=(*warnings, *unknown_of_users, *unknown_of_events),
+        titles=_titles(table, names, codes) if task == "item" else {},
     )
 
 
@@ -188,19 +197,30 @@ def _whole(column: pa.Array | pa.ChunkedArray) -> pa.Array:
     return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
 
 
-def _missing(name: str, table: pa.Table, places: Places) -> RequestError:
+def _missing(name: str, table: pa.Table, places: Places, dataset: TaskDataset) -> RequestError:
+    task, entry = dataset.manifest.task, dataset.manifest.catalogued
     return RequestError(
         f"The column `{name}` is missing.",
         where=places.file,
         got=", ".join(table.column_names) or "no column",
-        remedy="Name the columns user (optional), item, label, timestamp (optional).",
+        remedy=f"Name the columns {task} (optional), {entry}, label, timestamp (optional).",
     )
 
 
-def _ignored(table: pa.Table, schema: Schema) -> list[str]:
-    known = {USER, ITEM, LABEL, TIMESTAMP, *(f.name for f in schema.features if f.level is not Level.ITEM)}
+def _ignored(table: pa.Table, dataset: TaskDataset) -> list[str]:
+    task = dataset.manifest.task
+    known = {"user", "item", LABEL, TIMESTAMP, *([TITLE] if task == "item" else [])}
+    known |= {f.name for f in dataset.schema.features if f.level is not Level.ITEM}
     extra = [name for name in table.column_names if name not in known]
-    return [f"columns left out, the dataset has no such user or event feature: {', '.join(extra)}."] if extra else []
+    return [f"columns left out, the dataset has no such {task} or event feature: {', '.join(extra)}."] if extra else []
+
+
+def _titles(table: pa.Table, names: list[str], codes: np.ndarray) -> dict[str, str]:
+    """The titles that the events give to their tasks: those of the first event of each."""
+    if TITLE not in table.column_names:
+        return {}
+    titles = as_text(_whole(table[TITLE]).take(pa.array(_first(codes, len(names))))).to_pylist()
+    return {name: title for name, title in zip(names, titles, strict=True) if title}
 
 
 def _in_order_of_appearance(users: pa.Array) -> tuple[list[str], np.ndarray]:
@@ -212,8 +232,7 @@ def _task_features(
     table: pa.Table, dataset: TaskDataset, codes: np.ndarray, users: int, places: Places
 ) -> tuple[dict[str, Column], list[str]]:
     # A user's features are those of the first event: it is one person.
-    first = np.full(users, len(codes), np.int64)
-    np.minimum.at(first, codes, np.arange(len(codes)))
+    first = _first(codes, users)
     return _features(table.take(pa.array(first)), dataset.schema.of(Level.TASK), dataset, places.at(first))
 
 
@@ -224,3 +243,10 @@ def _features(
     given = [f for f in features if f.name in table.column_names]
     found = {f.name: encoded(_whole(table[f.name]), f, dataset, lambda row, f=f: places(row, f.name)) for f in given}
     return {name: one.column for name, one in found.items()}, [w for one in found.values() for w in one.warnings]
+
+
+def _first(codes: np.ndarray, tasks: int) -> np.ndarray:
+    """The first row of each task: int64 [tasks]."""
+    first = np.full(tasks, len(codes), np.int64)
+    np.minimum.at(first, codes, np.arange(len(codes)))
+    return first

@@ -34,9 +34,12 @@ class Explanation(NamedTuple):
     before: float
     after: float
     reasons: list[Reason]
+    #: The task as people read it.
+    named: str = ""
 
     def __str__(self) -> str:
-        lines = [f"{self.title} for user {self.user}: {self.before:.2f} before adaptation, {self.after:.2f} after"]
+        whose = self.named or f"user {self.user}"
+        lines = [f"{self.title} for {whose}: {self.before:.2f} before adaptation, {self.after:.2f} after"]
         lines += [f"  {r.influence:+.3f}  from {r.title} ({r.label:g})" for r in self.reasons]
         return "\n".join(lines)
 
@@ -48,7 +51,9 @@ def explain(adapted: Adapted, item: str, top: int, user: str | None) -> Explanat
     row = int(np.asarray(catalogue.rows_of([str(item)]))[0])
     if row < 0:
         raise RequestError(
-            "The catalogue doesn't hold this item.", got=str(item), remedy="Give a key of the catalogue."
+            f"The catalogue doesn't hold this {adapted.recommender.dataset.manifest.catalogued}.",
+            got=str(item),
+            remedy="Give a key of the catalogue.",
         )
     whole = adapted.requests.supports[task]
     positions = np.arange(len(whole[0]))
@@ -66,5 +71,11 @@ def explain(adapted: Adapted, item: str, top: int, user: str | None) -> Explanat
         for i, label, change in zip(whole[0][strongest], whole[1][strongest], influence[strongest], strict=True)
     ]
     return Explanation(
-        adapted.users[task], str(catalogue.keys[row]), title(row), float(before[0, 0]), float(after[0, 0]), reasons
+        user=adapted.users[task],
+        item=str(catalogue.keys[row]),
+        title=title(row),
+        before=float(before[0, 0]),
+        after=float(after[0, 0]),
+        reasons=reasons,
+        named=adapted.named(adapted.users[task]),
     )

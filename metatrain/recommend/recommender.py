@@ -132,7 +132,8 @@ class Recommender:
 
         Args:
             events: A list of mappings, a pyarrow table, or the path of a CSV, JSON lines or Parquet file, with the
-                columns item, label, and optionally user, timestamp and features of the user.
+                columns item, label, and optionally user, timestamp and features of the user. Where the dataset's
+                tasks are items: user, label, and optionally item, title, timestamp and features of the item.
 
         Raises:
             RequestError: Events that cannot be used. Unknown items are not among them: see `Adapted.warnings`.
@@ -140,7 +141,7 @@ class Recommender:
         return self._adapted(read_requests(events, self.dataset, self.support_max))
 
     def adapt_users(self, keys: Sequence[str]) -> Adapted:
-        """Adapts to all events that the dataset has of its own users, named by key.
+        """Adapts to all events that the dataset has of its own users (where its tasks are items, items), by key.
 
         Raises:
             RequestError: A key that the dataset doesn't have.
@@ -149,7 +150,8 @@ class Recommender:
 
     def _adapted(self, requests: Requests) -> Adapted:
         if not requests.users:
-            raise RequestError("There is no user to adapt to.", remedy="Name one at least.")
+            task = self.dataset.manifest.task
+            raise RequestError(f"There is no {task} to adapt to.", remedy="Name one at least.")
         return Adapted(self, requests)
 
     def _tensors(self, column: Column) -> Column:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from metatrain.recommend.adapted import Adapted, Recommendation
@@ -23,7 +23,7 @@ def side_by_side(adapted: Adapted, k: int, exclude_seen: bool, min_events: int) 
         width = max(width, len("before adaptation") - 8)
         rule = "-" * (4 + 2 * (width + 8) + 4)
         lines = [
-            f"user {user}: adapted to {len(adapted.requests.supports[place][0])} events",
+            f"{adapted.named(user)}: adapted to {len(adapted.requests.supports[place][0])} events",
             rule,
             f"{'':4}{'before adaptation'.ljust(width + 8)}    after adaptation",
             rule,
@@ -39,18 +39,27 @@ def side_by_side(adapted: Adapted, k: int, exclude_seen: bool, min_events: int) 
 
 
 def as_json_lines(adapted: Adapted, k: int, exclude_seen: bool, min_events: int) -> str:
-    """One object a user; what was left out is in the `warnings` of each."""
+    """One object a task; what was left out is in the `warnings` of each."""
     lines = []
     for place, (user, before, after) in enumerate(_rankings(adapted, k, exclude_seen, min_events)):
         content = {
-            "user": user,
+            **({"user": user} if of_users(adapted) else {"item": user, "title": adapted.titles.get(user, user)}),
             "support": len(adapted.requests.supports[place][0]),
-            "adapted": [line._asdict() for line in after],
-            "unadapted": [line._asdict() for line in before],
+            "adapted": [_as_object(adapted, line) for line in after],
+            "unadapted": [_as_object(adapted, line) for line in before],
             "warnings": adapted.warnings,
         }
         lines.append(json.dumps(content, ensure_ascii=False))
     return "\n".join(lines)
+
+
+def of_users(adapted: Adapted) -> bool:
+    """Whether the tasks are users, who are given items; else they are items, which are given users."""
+    return adapted.recommender.dataset.manifest.task == "user"
+
+
+def _as_object(adapted: Adapted, line: Recommendation) -> dict[str, Any]:
+    return line._asdict() if of_users(adapted) else {"user": line.item, "score": line.score}
 
 
 def _rankings(

@@ -86,9 +86,9 @@ def check(config: Config) -> None:
             lanes = range(config.data.lanes)
             if not any(reader.read(0, step, lanes).size for step in range(reader.steps(0))):
                 raise ConfigError(
-                    f"No {split.value} user has enough events for an episode.",
+                    f"No {split.value} {dataset.manifest.task} has enough events for an episode.",
                     where=where,
-                    got=f"{dataset.manifest.tasks.get(split, 0)} users in {dataset.url}",
+                    got=f"{dataset.manifest.tasks.get(split, 0)} {dataset.manifest.task}s in {dataset.url}",
                     remedy="Lower `support_min`, `query_min` or `events_min`, or prepare other data.",
                 )
     if steps := committed_steps(config.run_url):

@@ -12,6 +12,8 @@ from metatrain.config import Config, validated
 from metatrain.data.schema import Feature, Kind, LabelKind, Level, Schema
 from metatrain.errors import ConfigError
 from metatrain.meta.maml import MAML
+from metatrain.meta.metaembedding import MetaEmbedding
+from metatrain.meta.mwuf import MWUF
 from metatrain.meta.ridge import Ridge
 from metatrain.model.build import build_model
 
@@ -58,6 +60,15 @@ def test_ours_are_found_by_name():
     assert isinstance(meta, Ridge)
     assert float(meta.log_strength.detach().exp()) == pytest.approx(3.0)
     assert meta.learner.represented == 8
+
+
+@pytest.mark.parametrize(("name", "kind"), [("metaembedding", MetaEmbedding), ("mwuf", MWUF)])
+def test_methods_that_read_the_tasks_features(name: str, kind: type):
+    meta = built(meta={"algorithm": name, "steps": 2, "options": {"hidden": [3]}}, model={"learner": "factorisation"})
+    assert isinstance(meta, kind)
+    assert (meta.vector_width, meta.rates.shape, len(meta.task_columns)) == (9, (2,), 4)
+    with pytest.raises(ConfigError, match=r"name features of level task in model\.features"):
+        built(meta={"algorithm": name}, model={"learner": "factorisation", "features": ["item", "year"]})
 
 
 @pytest.mark.parametrize("by", ["file", "module"])

@@ -49,5 +49,5 @@ def test_neither_users_nor_events_and_both_are_refused(asked, capsys):
         with pytest.raises(SystemExit) as ended:
             main(["recommend", "/runs/r", *given])
         assert ended.value.code == 2
-        assert "Give one of the two" in capsys.readouterr().err
+        assert "Give one of them" in capsys.readouterr().err
     assert not asked

@@ -11,6 +11,7 @@ from metatrain.data.sources.movielens import read_movielens
 from metatrain.data.sources.netflix import read_netflix
 from metatrain.data.sources.rawlog import Chunk, RawLog, Rows, TableChunk, raw_type
 from metatrain.data.sources.synthetic import read_synthetic
+from metatrain.data.sources.transposed import transposed
 from metatrain.errors import SourceError
 
 _RELEASES = ("100k", "1m", "10m", "20m", "25m", "32m", "latest", "latest-small")
@@ -30,6 +31,8 @@ __all__ = ["SOURCES", "Chunk", "RawLog", "Rows", "TableChunk", "raw_type", "read
 def read_source(config: PrepareConfig) -> RawLog:
     """Opens the raw log that a configuration names; its events are read later, by whoever reads the chunks.
 
+    With `prepare.task: item` its sides are exchanged: see `transposed`.
+
     Raises:
         SourceError: No source of that name, or its files are not there or not of its layout.
     """
@@ -43,4 +46,5 @@ def read_source(config: PrepareConfig) -> RawLog:
             got=name,
             remedy=f"Did you mean `{near[0]}`? {known}" if near else known,
         )
-    return SOURCES[name](config)
+    raw = SOURCES[name](config)
+    return transposed(raw) if config.task == "item" else raw

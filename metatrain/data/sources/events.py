@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from metatrain.config import FeatureSource, PrepareConfig
+from metatrain.config import FeatureSource, ItemSplit, PrepareConfig, UserSplit
 from metatrain.data.sources.checks import Check
 from metatrain.data.sources.chunks import table_chunks
 from metatrain.data.sources.files import RawFile, find_files
@@ -74,15 +74,17 @@ def read_events(config: PrepareConfig) -> RawLog:
     chunks, rows = _chunks(files, wanted, config, "event")
     users = find_files(config.users) if config.users else []
     items = find_files(config.items) if config.items else []
+    of_users, of_items = config.user_split, config.item_split
+    if config.task == "item":
+        of_users, of_items = of_items, of_users
     tasks = item_chunks = None
     if users:
-        extra = _split_column(config.user_split.column, Check.TEXT) if config.user_split.by == "given" else {}
+        extra = _split_column(of_users)
         tasks = _chunks(users, {"key": Wanted(c.task, Check.KEY)} | extra, config, "task")[0]
     if items:
         names = column_names(items[0])
         title = {"title": Wanted("title", Check.TEXT)} if names is None or "title" in names else {}
-        check = Check.NUMBER if config.item_split.by == "time" else Check.TEXT
-        extra = _split_column(config.item_split.column, check)
+        extra = _split_column(of_items)
         item_chunks = _chunks(items, {"key": Wanted(c.item, Check.KEY)} | title | extra, config, "item")[0]
     return RawLog(
         name="events",
@@ -109,5 +111,8 @@ def _chunks(
     return table_chunks(files, wanted, config.skip_bad_rows)
 
 
-def _split_column(name: str | None, check: Check) -> dict[str, Wanted]:
-    return {} if name is None else {name: Wanted(name, check)}
+def _split_column(split: UserSplit | ItemSplit) -> dict[str, Wanted]:
+    """The column of a side's table that its split reads."""
+    if split.column is None:
+        return {}
+    return {split.column: Wanted(split.column, Check.NUMBER if split.by == "time" else Check.TEXT)}

@@ -3,6 +3,8 @@
 A chunk is a small picklable object; `read` yields bounded tables. Columns of an events table: `key` (string: the
 user), `item` (string), `label` (float32), `timestamp` (int64, seconds), and the raw event features. Of a task table:
 `key` and the raw task features. Of an item table: `key`, `title` (string or null) and the raw item features.
+Sources write all this of users and items as the log has them; with `prepare.task: item` both sides are then exchanged
+(see `transposed`), and a task table may have a `title`.
 A raw feature is string (categorical), list<string> (multi), float64 (numeric) or list<float> (vector); null is missing.
 """
 
