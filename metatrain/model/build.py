@@ -21,6 +21,7 @@ from metatrain.model.tables import Tables
 META_LEARNERS = {
     "maml": "metatrain.meta.maml:MAML",
     "ridge": "metatrain.meta.ridge:Ridge",
+    "tanp": "metatrain.meta.tanp:TaNP",
 }
 BASE_LEARNERS = {
     "factorisation": "metatrain.model.learners.factorisation:Factorisation",
