@@ -21,6 +21,7 @@ from metatrain.model.tables import Tables
 META_LEARNERS = {
     "hypernetwork": "metatrain.meta.hypernetwork:Hypernetwork",
     "maml": "metatrain.meta.maml:MAML",
+    "mamo": "metatrain.meta.mamo:MAMO",
     "ridge": "metatrain.meta.ridge:Ridge",
     "tanp": "metatrain.meta.tanp:TaNP",
 }
