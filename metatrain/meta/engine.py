@@ -131,8 +131,8 @@ class VmapEngine:
         # Where the first step starts from weights that all tasks share it takes one product, not T.
         shared = start is None
         keep = keep or len(rates)
-        for start in range(0, len(rates), keep):
-            few = rates[start : start + keep]
+        for first in range(0, len(rates), keep):
+            few = rates[first : first + keep]
             if keep >= len(rates):
                 weights, rows = self._steps(parameters, weights, dict(rows), few, support, shared)
             else:
