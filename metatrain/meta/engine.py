@@ -103,12 +103,14 @@ class VmapEngine:
         support: Examples,
         rows: Tensors,
         keep: int = 0,
+        start: Tensors | None = None,
     ) -> FastWeights:
         """See `Engine.adapt`.
 
         Args:
             keep: Steps of which intermediate results are kept at a time; those of the others are computed again in
                 the backward, from the weights between. The gradient is the same. 0: all are kept.
+            start: What each task starts from, [T, *shape] of each adapted parameter. Default: the shared parameters.
 
         Raises:
             ValueError: The gain of a torch.nn.LayerNorm would adapt, whose second-order gradient would be wrong.
@@ -121,16 +123,16 @@ class VmapEngine:
             )
         tasks = support.labels.shape[0]
         if not rates:
-            return FastWeights({name: _a_copy_each(parameters[name], tasks) for name in adapted}, dict(rows))
+            return FastWeights(start or {name: _a_copy_each(parameters[name], tasks) for name in adapted}, dict(rows))
         if self._order == 1:
             # The inner gradients are taken at detached points, so no graph of them is ever built.
             support = Examples(support.x.detach(), support.slots, support.labels, support.mask)
-        weights: Tensors = {name: parameters[name] for name in adapted}
-        # The first step starts from weights that all tasks share: one product, not T.
-        shared = True
+        weights: Tensors = start or {name: parameters[name] for name in adapted}
+        # Where the first step starts from weights that all tasks share it takes one product, not T.
+        shared = start is None
         keep = keep or len(rates)
-        for start in range(0, len(rates), keep):
-            few = rates[start : start + keep]
+        for first in range(0, len(rates), keep):
+            few = rates[first : first + keep]
             if keep >= len(rates):
                 weights, rows = self._steps(parameters, weights, dict(rows), few, support, shared)
             else:

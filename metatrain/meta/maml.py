@@ -53,6 +53,9 @@ class MAML(MetaLearner):
         ValueError: A pattern that matches no parameter, or an unknown loss.
     """
 
+    #: Whether each task starts from weights of its own.
+    own_start = False
+
     def __init__(
         self,
         learner: nn.Module,
@@ -127,7 +130,7 @@ class MAML(MetaLearner):
         itemsize = sizes.itemsize * 3 // 2 if self.precision is not None else sizes.itemsize
         rows = sum(count * width for count, width in sizes.rows.values())
         return plan(
-            Loop.of(self.learner, self.adapted, self.steps, self._order, self.rates.requires_grad),
+            Loop.of(self.learner, self.adapted, self.steps, self._order, self.rates.requires_grad, self.own_start),
             *sizes[:3],
             self.memory,
             rows=rows,

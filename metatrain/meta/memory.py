@@ -29,9 +29,18 @@ class Loop:
     order: int
     learned: bool  # whether the rates are
     gains: int = 0  # numbers of an event that normalisations write
+    own_start: bool = False  # whether each task starts from weights of its own
 
     @classmethod
-    def of(cls, learner: nn.Module, adapted: tuple[str, ...], steps: int, order: int, learned: bool) -> Loop:
+    def of(
+        cls,
+        learner: nn.Module,
+        adapted: tuple[str, ...],
+        steps: int,
+        order: int,
+        learned: bool,
+        own_start: bool = False,
+    ) -> Loop:
         """The loop around a base learner."""
         parameters = dict(learner.named_parameters())
         matrices = [p for p in parameters.values() if p.dim() >= 2]
@@ -43,6 +52,7 @@ class Loop:
             order,
             learned,
             sum(p.numel() for name, p in parameters.items() if p.dim() == 1 and name.endswith("weight")),
+            own_start,
         )
 
 
@@ -68,6 +78,8 @@ def task_bytes(loop: Loop, support: int, query: int, rows: int = 0, itemsize: in
         step = weights * (0.1 + 0.7 * loop.learned) + support * 0.1 * loop.ins
         once = 3.7 * weights + support * (loop.ins + 0.3 * loop.outs + 4.2 * loop.gains)
     once += query * (1.5 * loop.ins + 0.7 * loop.outs)
+    if loop.own_start and loop.order == 2:  # in first order it is gone where the peak is
+        once += loop.adapted
     boundaries = weights * (-(-loop.steps // kept) + 1) if kept < loop.steps else 0
     return max(1, int((kept * step + once + boundaries) * itemsize))
 

@@ -20,11 +20,14 @@ from metatrain.model.tables import Tables
 
 #: Name → import path. One file each.
 META_LEARNERS = {
+    "hypernetwork": "metatrain.meta.hypernetwork:Hypernetwork",
     "maml": "metatrain.meta.maml:MAML",
+    "mamo": "metatrain.meta.mamo:MAMO",
     "metaembedding": "metatrain.meta.metaembedding:MetaEmbedding",
     "mwuf": "metatrain.meta.mwuf:MWUF",
     "ridge": "metatrain.meta.ridge:Ridge",
     "sequence": "metatrain.meta.sequence:SequenceAttention",
+    "tanp": "metatrain.meta.tanp:TaNP",
 }
 BASE_LEARNERS = {
     "content": "metatrain.model.learners.content:ContentBased",

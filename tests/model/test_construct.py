@@ -101,7 +101,7 @@ def test_an_adapted_feature_comes_last():
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"meta": {"algorithm": "mam"}}, "Did you mean 'maml'?"),
+        ({"meta": {"algorithm": "mml"}}, "Did you mean 'maml'?"),
         ({"meta": {"algorithm": "nowhere.module:Class"}}, "nowhere.module cannot be imported: ModuleNotFoundError"),
         ({"meta": {"algorithm": "nowhere/file.py:Class"}}, "no such file"),
         ({"meta": {"algorithm": "metatrain.meta.maml:Nothing"}}, "no class derived from metatrain.meta.learner"),
