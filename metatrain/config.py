@@ -26,6 +26,7 @@ Width = Annotated[int, Field(gt=0, multiple_of=4)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NotNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+RankingMetric = Literal["AUC", "nDCG", "hit rate", "recall", "precision", "MAP"]
 #: Of a learner's own; checked by the learner's constructor.
 Option = bool | int | float | str | tuple[int, ...]
 
@@ -393,12 +394,19 @@ class EvaluateConfig(Section):
     """Draws of support and query, for `by: random`."""
     seed: int = 0
     """Seed of the draws."""
+    existing_users: bool = False
+    """Also measure training users on existing items. Their events were trained on: this tells how well the model fits,
+    not how well it does on anything new."""
+    metrics: tuple[RankingMetric, ...] = ("AUC", "nDCG", "hit rate", "recall")
+    """Ranking metrics of the table, beside the errors (MAE and RMSE) that ratings always have."""
     k: tuple[Positive, ...] = (1, 5, 10)
     """Cut-offs of ranking metrics."""
-    relevant: float | None = None
-    """Ratings of at least this are relevant to AUC, hit rate and recall. Default: the training users' mean."""
-    support_sizes: tuple[NotNegative, ...] = (0, 1, 2, 5, 10, 20)
-    """Support sizes of the curve: the newest so many support events."""
+    relevant: float | Literal["support mean"] | None = None
+    """Ratings of at least this are relevant to AUC, hit rate, recall, precision and MAP. support mean: of at least the
+    mean of the task's own support (the training users' mean where it has none), never of its query. Default: the
+    training users' mean."""
+    support_sizes: tuple[NotNegative, ...] = (0, 1, 2, 5, 10, 20, 50)
+    """Support sizes of the curve: the newest so many support events. Those above `episode.support_max` are left out."""
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
     """Of the intervals over tasks."""
     tasks_per_batch: Positive = 256

@@ -20,7 +20,7 @@ from metatrain.data.reader import iterate
 from metatrain.errors import CheckpointError
 from metatrain.evaluate import baselines
 from metatrain.evaluate.baselines import Baseline
-from metatrain.evaluate.protocols import PARTITIONS, Judge, Measured, Partition, draws_of, measure
+from metatrain.evaluate.protocols import Judge, Measured, Partition, draws_of, measure, partitions_of
 from metatrain.evaluate.report import ADAPTED, UNADAPTED, Report
 from metatrain.evaluate.tasks import PaddedTasks, newest_support, padded
 from metatrain.evaluate.training_events import TrainingEvents, training_events
@@ -84,7 +84,8 @@ def evaluate_recommender(recommender: Recommender, config: EvaluateConfig, *, pr
 
     measured: dict[str, Measured] = {}
     notes = list(fitted.notes)
-    for partition in PARTITIONS:
+    partitions = partitions_of(config)
+    for partition in partitions:
         if not dataset.manifest.tasks.get(partition.split, 0):
             notes.append(f"{partition.name}: left out, the dataset has no {partition.split.value} users.")
         elif partition.items is ItemSet.NEW and not dataset.manifest.new_items:
@@ -110,9 +111,10 @@ def evaluate_recommender(recommender: Recommender, config: EvaluateConfig, *, pr
         configuration=config.model_dump(mode="json"),
         rows=tuple(row for m in measured.values() for row in m.rows),
         by_support_size=tuple(row for m in measured.values() for row in m.by_support_size),
-        partitions={p.name: p.words for p in PARTITIONS if p.name in measured and measured[p.name].rows},
+        partitions={p.name: p.words for p in partitions if p.name in measured and measured[p.name].rows},
         notes=tuple(notes),
-        paired=tuple(row for m in measured.values() for row in m.paired),
+        paired_rows=tuple(row for m in measured.values() for row in m.paired),
+        task_values={name: m.task_values for name, m in measured.items() if m.task_values is not None},
         facts={
             "dataset_url": dataset.url,
             "dataset_fingerprint": dataset.fingerprint,
@@ -128,7 +130,7 @@ def evaluate_recommender(recommender: Recommender, config: EvaluateConfig, *, pr
 def _left_out(measured: dict[str, Measured], dataset: TaskDataset, judge: Judge) -> Iterator[str]:
     """Notes on tasks beyond the bound, on users without an episode, and on metrics that no task has defined."""
     few = "too few" if judge.config.episode.events_max == EpisodeConfig().events_max else "too few or too many"
-    for partition in PARTITIONS:
+    for partition in partitions_of(judge.config):
         total = dataset.manifest.tasks.get(partition.split, 0)
         if partition.name in measured and (seen := measured[partition.name].seen) < total:
             yield f"{partition.name}: measured on the first {seen:,} of {total:,} users (evaluate.max_tasks)."
@@ -153,7 +155,7 @@ def fit_baselines(dataset: TaskDataset, judge: Judge) -> baselines.Fitted:
         map(padded, batches),
         judge.loss,
         # Without support no setting of a user matters.
-        small=(padded(newest_support(batch, size)) for batch in batches for size in config.support_sizes if size),
+        small=(padded(newest_support(batch, size)) for batch in batches for size in judge.support_sizes if size),
         seed=config.seed,
     )
 
