@@ -19,7 +19,8 @@ from metatrain.data.manifest import ItemSet, Split
 from metatrain.data.reader import iterate
 from metatrain.errors import CheckpointError
 from metatrain.evaluate import baselines
-from metatrain.evaluate.baselines import Baseline
+from metatrain.evaluate.baselines import Baseline, Fitted
+from metatrain.evaluate.choice import choose_adaptation
 from metatrain.evaluate.protocols import Judge, Measured, Partition, draws_of, measure, partitions_of
 from metatrain.evaluate.report import ADAPTED, UNADAPTED, Report
 from metatrain.evaluate.tasks import PaddedTasks, newest_support, padded
@@ -42,6 +43,7 @@ def evaluate_run(
     dataset: str | None = None,
     write: bool = True,
     progress: bool = True,
+    fitted: Fitted | None = None,
 ) -> Report:
     """Evaluates a run and publishes the report in its folder.
 
@@ -52,24 +54,38 @@ def evaluate_run(
         dataset: Where the run's dataset now lies, if not where it was trained.
         write: Whether `evaluation.json`, `.txt` and `.png` are written.
         progress: Whether a terminal shows a bar.
+        fitted: See `evaluate_recommender`.
 
     Raises:
         CheckpointError: No checkpoint, or one of another model or dataset, or scores that are not finite.
         DatasetError: The dataset is missing or broken.
     """
     recommender = Recommender.load(run_url, checkpoint=checkpoint, dataset=dataset)
-    report = evaluate_recommender(recommender, evaluate or recommender.config.evaluate, progress=progress)
+    report = evaluate_recommender(
+        recommender, evaluate or recommender.config.evaluate, progress=progress, fitted=fitted
+    )
     if write:
         urls = report.write(recommender.run_url)
         _log.info("wrote %s", ", ".join(urls.values()))
     return report
 
 
-def evaluate_recommender(recommender: Recommender, config: EvaluateConfig, *, progress: bool = False) -> Report:
-    """Evaluates a loaded recommender; nothing is written."""
+def evaluate_recommender(
+    recommender: Recommender, config: EvaluateConfig, *, progress: bool = False, fitted: Fitted | None = None
+) -> Report:
+    """Evaluates a loaded recommender; nothing is written.
+
+    Args:
+        recommender: What adaptation leaves open is chosen on validation users, and the recommender keeps it.
+        config: The protocol.
+        progress: Whether a terminal shows a bar.
+        fitted: The dataset's baselines under this protocol, from `fit_baselines`. Default: fitted now.
+    """
     dataset = recommender.dataset
     judge = Judge(dataset.schema, config)
-    fitted = fit_baselines(dataset, judge)
+    fitted = fitted or fit_baselines(dataset, judge)
+    whole = list(_validation_batches(dataset, config, None)) if recommender.model.meta.candidates() else []
+    choice = choose_adaptation(recommender, whole, judge)
     orders_alone = frozenset(b.name for b in fitted.baselines if not b.predicts)
 
     def scored(batch: TaskBatch, tasks: PaddedTasks, beside: tuple[Baseline, ...]) -> dict[str, np.ndarray]:
@@ -83,7 +99,7 @@ def evaluate_recommender(recommender: Recommender, config: EvaluateConfig, *, pr
         return {ADAPTED: scores.after, UNADAPTED: scores.before} | {b.name: b.scores(tasks) for b in beside}
 
     measured: dict[str, Measured] = {}
-    notes = list(fitted.notes)
+    notes = [*fitted.notes, *choice.notes]
     partitions = partitions_of(config)
     for partition in partitions:
         if not dataset.manifest.tasks.get(partition.split, 0):
@@ -121,6 +137,7 @@ def evaluate_recommender(recommender: Recommender, config: EvaluateConfig, *, pr
             "run_url": recommender.run_url,
             "relevant_from": judge.relevant_from,
             "baselines": fitted.chosen,
+            **({"fine_tuning": choice.facts} if choice.facts else {}),
             "tasks_outside_bounds": {name: m.skipped for name, m in measured.items()},
             "dataset": dataset.manifest.facts,
         },
@@ -144,11 +161,10 @@ def _left_out(measured: dict[str, Measured], dataset: TaskDataset, judge: Judge)
             yield f"{metric} left out for {', '.join(names)}: {judge.needs(metric)}."
 
 
-def fit_baselines(dataset: TaskDataset, judge: Judge) -> baselines.Fitted:
+def fit_baselines(dataset: TaskDataset, judge: Judge) -> Fitted:
     """The baselines of a dataset: training users' events on existing items; settings chosen on validation users."""
     config = judge.config
-
-    batches = list(_validation_batches(dataset, config))
+    batches = list(_validation_batches(dataset, config, ()))
     return baselines.fit(
         _training_events(dataset),
         np.asarray(dataset.catalogue.training_events),
@@ -160,7 +176,9 @@ def fit_baselines(dataset: TaskDataset, judge: Judge) -> baselines.Fitted:
     )
 
 
-def _validation_batches(dataset: TaskDataset, config: EvaluateConfig) -> Iterator[TaskBatch]:
+def _validation_batches(
+    dataset: TaskDataset, config: EvaluateConfig, features: tuple[str, ...] | None
+) -> Iterator[TaskBatch]:
     if not dataset.manifest.tasks.get(Split.VALIDATION, 0):
         return
     count = 0
@@ -171,7 +189,7 @@ def _validation_batches(dataset: TaskDataset, config: EvaluateConfig) -> Iterato
         config.episode,
         seed=config.seed,
         tasks_per_batch=config.tasks_per_batch,
-        features=(),
+        features=features,
     ):
         if batch.size:
             yield batch

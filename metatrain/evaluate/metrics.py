@@ -116,7 +116,8 @@ def average_precision(scores: Array, relevant: Array, mask: Array, k: int) -> Ar
     if not scores.shape[1]:
         return np.full(len(scores), np.nan)
     places = _places(scores, mask)
-    above, tied, good = (np.take_along_axis(a, places.order, 1) for a in (places.above, places.tied, positive))
+    above, tied = (np.take_along_axis(of_event, places.order, 1) for of_event in (places.above, places.tied))
+    good = np.take_along_axis(positive, places.order, 1)
     before = np.concatenate([np.zeros((len(good), 1), np.int64), np.cumsum(good, axis=1)], axis=1)
     good_above = np.take_along_axis(before, above, 1)
     good_tied = np.take_along_axis(before, above + tied, 1) - good_above
