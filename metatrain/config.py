@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import types
 import typing
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -458,13 +459,50 @@ class Config(Section):
 # --- reading -------------------------------------------------------------------------------------------------------
 
 
-def load_config(path: str) -> Config:
+def load_config(path: str, changes: Mapping[str, Any] | None = None, where: str | None = None) -> Config:
     """Reads a YAML recipe, its `extends` first.
+
+    Args:
+        path: The file.
+        changes: What a recipe that extends this one would say.
+        where: The place of the changes, for messages. Default: the file.
 
     Raises:
         ConfigError: The file is missing, is not YAML, or has an unknown or unusable field.
     """
-    return validated(_read(path, ()), where=path)
+    raw = _read(path, ())
+    return validated(_over(raw, dict(changes)) if changes else raw, where=where or path)
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """A YAML file's mapping as it stands.
+
+    Raises:
+        ConfigError: The file is missing, is not YAML, or holds something else.
+    """
+    if not storage.exists(path):
+        raise ConfigError(
+            "There is no such configuration file.", where=path, remedy="Check the path; recipes are in configs/."
+        )
+    try:
+        raw = yaml.safe_load(storage.read_text(path)) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"Not YAML: {error}", where=path, remedy="Mend the syntax.") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(
+            "A configuration is a mapping of sections.",
+            where=path,
+            got=type(raw).__name__,
+            remedy="See configs/demo.yaml.",
+        )
+    return raw
+
+
+def beside(path: str, other: str) -> str:
+    """`other` as a file at `path` means it: a path beside that file, unless it is absolute or a URL."""
+    if "://" in other or other.startswith("/"):
+        return other
+    return storage.join(path.rpartition("/")[0] or ".", other)
 
 
 def to_yaml(config: BaseModel) -> str:
@@ -525,31 +563,16 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
 def _read(path: str, chain: tuple[str, ...]) -> dict[str, Any]:
     if path in chain:
         raise ConfigError("`extends` goes in a circle.", where=" → ".join((*chain, path)), remedy="Remove one of them.")
-    if not storage.exists(path):
-        raise ConfigError(
-            "There is no such configuration file.", where=path, remedy="Check the path; recipes are in configs/."
-        )
-    try:
-        raw = yaml.safe_load(storage.read_text(path)) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"Not YAML: {error}", where=path, remedy="Mend the syntax.") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(
-            "A configuration is a mapping of sections.",
-            where=path,
-            got=type(raw).__name__,
-            remedy="See configs/demo.yaml.",
-        )
+    raw = read_yaml(path)
     parents = raw.pop("extends", [])
     merged: dict[str, Any] = {}
     for parent in [parents] if isinstance(parents, str) else parents:
-        beside = (
-            parent
-            if "://" in parent or parent.startswith("/")
-            else storage.join(path.rpartition("/")[0] or ".", parent)
-        )
-        merged = _merged(merged, _read(beside, (*chain, path)))
-    return _merged(_inherited(merged, raw), raw)
+        merged = _merged(merged, _read(beside(path, parent), (*chain, path)))
+    return _over(merged, raw)
+
+
+def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    return _merged(_inherited(below, above), above)
 
 
 #: Fields of a section that mean the same for every learner; the others are the named learner's.

@@ -101,9 +101,9 @@ class Report:
             "configuration": self.configuration,
             "facts": self.facts,
             "notes": list(self.notes),
-            "rows": [_finite(asdict(row)) for row in self.rows],
-            "by_support_size": [_finite(asdict(row)) for row in self.by_support_size],
-            "paired": [_finite(asdict(row)) for row in self.paired_rows],
+            "rows": [finite(asdict(row)) for row in self.rows],
+            "by_support_size": [finite(asdict(row)) for row in self.by_support_size],
+            "paired": [finite(asdict(row)) for row in self.paired_rows],
         }
         return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
 
@@ -186,7 +186,8 @@ def _cell(cells: dict[tuple[str, str], Row], models: list[str], model: str, metr
     return f"{row.value:.3f}{around}{mark}"
 
 
-def _finite(row: dict[str, Any]) -> dict[str, Any]:
+def finite(row: dict[str, Any]) -> dict[str, Any]:
+    """A row for JSON, which has no infinities: null in their place."""
     return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
 
 
