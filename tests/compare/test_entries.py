@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 
 from metatrain.compare.entries import read_comparison
+from metatrain.config import load_config
+from metatrain.data.schema import Feature, Kind, LabelKind, Level, Schema
 from metatrain.errors import ConfigError
+from metatrain.model.build import build_model
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 BASE = """
 data: {dataset: /data/set}
@@ -102,3 +107,36 @@ def test_recipes_named_one_by_one_share_the_first_ones_protocol(tmp_path: Path):
         read_comparison([str(tmp_path / "board.yaml"), str(tmp_path / "a.yaml")])
     with pytest.raises(ConfigError, match="nothing to compare"):
         read_comparison([])
+
+
+MOVIELENS = Schema(
+    features=(
+        Feature(name="item", level=Level.ITEM, kind=Kind.CATEGORICAL, table="item", rows=11, width=8),
+        Feature(name="genres", level=Level.ITEM, kind=Kind.MULTI, table="genres", rows=5, width=4),
+        Feature(name="year", level=Level.ITEM, kind=Kind.NUMERIC),
+    ),
+    label=LabelKind.RATING,
+    label_mean=3.5,
+    label_deviation=1,
+    label_min=1,
+    label_max=5,
+)
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "leaderboards").glob("*.yaml")), ids=lambda path: path.stem)
+def test_our_leaderboards_can_be_made(path: Path):
+    found = read_comparison([str(path)])
+    assert found.name == path.stem
+    assert found.minutes > 0
+    for entry in found.entries:
+        assert entry.error is None, str(entry.error)
+        build_model(MOVIELENS, entry.config)
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "protocols").glob("*.yaml")), ids=lambda path: path.stem)
+def test_our_protocols_go_behind_a_recipe(path: Path, tmp_path: Path):
+    (tmp_path / "own.yaml").write_text(f"extends: [{CONFIGS / 'movielens-1m.yaml'}, {path}]")
+    config = load_config(str(tmp_path / "own.yaml"))
+    assert config.data.episode == config.evaluate.episode
+    assert config.meta.loss == "absolute"
+    assert config.evaluate.draws == 5
