@@ -210,10 +210,10 @@ class Runs:
         if (found := stored.load(key, url)) is not None:
             return found
         self._fitted = self._fitted or fit_baselines(self._dataset, Judge(self._dataset.schema, evaluate))
-        own = not run.startswith(f"{self.out}/runs/")
+        ours = run.startswith(f"{self.out}/runs/")
         # A run trained elsewhere keeps the report that it has.
         report = evaluate_run(
-            run, checkpoint=step, evaluate=evaluate, dataset=self._dataset.url, write=not own, fitted=self._fitted
+            run, checkpoint=step, evaluate=evaluate, dataset=self._dataset.url, write=ours, fitted=self._fitted
         )
         scores = Scores.of(report)
         stored.save(scores, key, url)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
+from metatrain.checkpoint import committed_steps
 from metatrain.cli import main
 from metatrain.compare import runs
+from metatrain.compare.entries import read_comparison
+from metatrain.train.launch import launch
 from tests.data.tiny_dataset import write_tiny_dataset
 from tests.train.runs import recipe
 
@@ -86,3 +91,12 @@ def test_a_run_that_was_trained_elsewhere_is_judged_as_it_is(board: Path, capsys
     # Its protocol is its own here: the figures don't depend on the curve's sizes.
     assert all(r["value"] == pytest.approx(value["maml", r["partition"], r["metric"]]) for r in own)
     assert all(r["train_seconds"] is None for r in own)
+
+
+def test_a_training_that_the_budget_cuts_off_goes_on_later(board: Path, ray_session: None):
+    config = runs.run_of(read_comparison([str(board)]).entries[0], 7, str(board.parent / "cut"))
+    with pytest.raises(runs.OutOfTimeError, match="at step 1 of 4"):
+        launch(config, None, functools.partial(runs.train_until, deadline=time.time()))
+    assert committed_steps(config.run_url) == []
+    launch(config, None, functools.partial(runs.train_until, deadline=time.time() + 3600))
+    assert committed_steps(config.run_url)[-1] == 4
