@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import tyro
@@ -21,11 +21,13 @@ USAGE = f"""metatrain {__version__}: meta-train recommenders that adapt to a new
   metatrain prepare RECIPE.yaml               the same, as the recipe says
   metatrain train RECIPE.yaml [--a.b value]   meta-train on Ray; the same command again goes on
   metatrain evaluate RUN                      quality on users and items never seen, beside baselines
+  metatrain compare BOARD.yaml --out FOLDER   train and judge several methods alike: a leaderboard
   metatrain recommend RUN --events FILE       adapt to events, rank the catalogue
   metatrain config RECIPE.yaml [--a.b value]  print the resolved configuration
   metatrain doctor                            what this machine has, and what is wrong with it
 
-`metatrain COMMAND --help` describes every option. RUN is a run's folder, or the recipe that trained it.
+`metatrain COMMAND --help` describes every option. RUN is a run's folder, or the recipe that trained it. BOARD.yaml is
+a leaderboard file (configs/leaderboards/); recipes and run folders do in its place.
 SOURCE is movielens-100k, movielens-1m, movielens, netflix, events or synthetic. Recipes are in configs/."""
 
 # Options of a nested section appear without the section's prefix.
@@ -67,6 +69,23 @@ class EvaluateArguments:
 
 
 @dataclass(frozen=True)
+class CompareArguments:
+    """Trains each entry of a leaderboard file with each seed, judges all alike, and writes leaderboard.md, .png, .json
+    and .txt. What is trained or judged already is not done again. Exits with 1 where an entry failed."""
+
+    out: str
+    """Folder of the runs and of the leaderboard."""
+    seeds: tuple[int, ...] = ()
+    """Every entry is trained with each. Default: the file's, or 0."""
+    minutes: float | None = None
+    """Wall clock of the whole command; what does not fit is listed. 0: as long as it takes. Default: the file's."""
+    report: bool = False
+    """Make the leaderboard again of what is trained, and train nothing."""
+    address: str | None = None
+    """A Ray cluster: `auto`, `host:port` or `ray://host:port`. Default: a local Ray, shared by all trainings."""
+
+
+@dataclass(frozen=True)
 class RecommendArguments:
     """Adapts a run's model to users' events, and ranks the catalogue for each."""
 
@@ -102,6 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "prepare": _prepare,
         "train": _train,
         "evaluate": _evaluate,
+        "compare": _compare,
         "recommend": _recommend,
         "config": _config,
         "doctor": _doctor,
@@ -188,6 +208,30 @@ def _evaluate(given: list[str]) -> None:
 
     report = evaluate_run(run, evaluate=options.evaluate, checkpoint=options.checkpoint, dataset=options.dataset)
     print(report.table())
+
+
+def _compare(given: list[str]) -> None:
+    _subject(given, "compare", "a leaderboard file, recipes or run folders")
+    first = next((n for n, text in enumerate(given) if text.startswith("-")), len(given))
+    subjects, rest = given[:first], given[first:]
+    default = CompareArguments(tyro.MISSING_NONPROP)
+    options = _parse(CompareArguments, default, rest, "compare BOARD.yaml|RECIPE.yaml…|RUN…")
+    if options.minutes is not None and not options.minutes >= 0:
+        raise ConfigError("A budget is not negative.", where="--minutes", got=options.minutes, remedy="0: no budget.")
+    from metatrain.compare.comparison import compare
+    from metatrain.compare.entries import read_comparison
+    from metatrain.compare.tables import text
+
+    asked = read_comparison(subjects)
+    asked = replace(
+        asked,
+        seeds=options.seeds or asked.seeds,
+        minutes=asked.minutes if options.minutes is None else options.minutes,
+    )
+    board = compare(asked, options.out, address=options.address, report=options.report)
+    print(text(board), end="")
+    if board.failed:
+        sys.exit(1)
 
 
 def _recommend(given: list[str]) -> None:

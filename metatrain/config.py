@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import types
 import typing
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -26,6 +27,7 @@ Width = Annotated[int, Field(gt=0, multiple_of=4)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NotNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+RankingMetric = Literal["AUC", "nDCG", "hit rate", "recall", "precision", "MAP"]
 #: Of a learner's own; checked by the learner's constructor.
 Option = bool | int | float | str | tuple[int, ...]
 
@@ -410,12 +412,19 @@ class EvaluateConfig(Section):
     """Draws of support and query, for `by: random`."""
     seed: int = 0
     """Seed of the draws."""
+    existing_users: bool = False
+    """Also measure training users on existing items. Their events were trained on: this tells how well the model fits,
+    not how well it does on anything new."""
+    metrics: tuple[RankingMetric, ...] = ("AUC", "nDCG", "hit rate", "recall")
+    """Ranking metrics of the table, beside the errors (MAE and RMSE) that ratings always have."""
     k: tuple[Positive, ...] = (1, 5, 10)
     """Cut-offs of ranking metrics."""
-    relevant: float | None = None
-    """Ratings of at least this are relevant to AUC, hit rate and recall. Default: the training users' mean."""
-    support_sizes: tuple[NotNegative, ...] = (0, 1, 2, 5, 10, 20)
-    """Support sizes of the curve: the newest so many support events."""
+    relevant: float | Literal["support mean"] | None = None
+    """Ratings of at least this are relevant to AUC, hit rate, recall, precision and MAP. support mean: of at least the
+    mean of the task's own support (the training users' mean where it has none), never of its query. Default: the
+    training users' mean."""
+    support_sizes: tuple[NotNegative, ...] = (0, 1, 2, 5, 10, 20, 50)
+    """Support sizes of the curve: the newest so many support events. Those above `episode.support_max` are left out."""
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
     """Of the intervals over tasks."""
     tasks_per_batch: Positive = 256
@@ -467,13 +476,50 @@ class Config(Section):
 # --- reading -------------------------------------------------------------------------------------------------------
 
 
-def load_config(path: str) -> Config:
+def load_config(path: str, changes: Mapping[str, Any] | None = None, where: str | None = None) -> Config:
     """Reads a YAML recipe, its `extends` first.
+
+    Args:
+        path: The file.
+        changes: What a recipe that extends this one would say.
+        where: The place of the changes, for messages. Default: the file.
 
     Raises:
         ConfigError: The file is missing, is not YAML, or has an unknown or unusable field.
     """
-    return validated(_read(path, ()), where=path)
+    raw = _read(path, ())
+    return validated(_over(raw, dict(changes)) if changes else raw, where=where or path)
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """A YAML file's mapping as it stands.
+
+    Raises:
+        ConfigError: The file is missing, is not YAML, or holds something else.
+    """
+    if not storage.exists(path):
+        raise ConfigError(
+            "There is no such configuration file.", where=path, remedy="Check the path; recipes are in configs/."
+        )
+    try:
+        raw = yaml.safe_load(storage.read_text(path)) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"Not YAML: {error}", where=path, remedy="Mend the syntax.") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(
+            "A configuration is a mapping of sections.",
+            where=path,
+            got=type(raw).__name__,
+            remedy="See configs/demo.yaml.",
+        )
+    return raw
+
+
+def beside(path: str, other: str) -> str:
+    """`other` as a file at `path` means it: a path beside that file, unless it is absolute or a URL."""
+    if "://" in other or other.startswith("/"):
+        return other
+    return storage.join(path.rpartition("/")[0] or ".", other)
 
 
 def to_yaml(config: BaseModel) -> str:
@@ -534,31 +580,16 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
 def _read(path: str, chain: tuple[str, ...]) -> dict[str, Any]:
     if path in chain:
         raise ConfigError("`extends` goes in a circle.", where=" → ".join((*chain, path)), remedy="Remove one of them.")
-    if not storage.exists(path):
-        raise ConfigError(
-            "There is no such configuration file.", where=path, remedy="Check the path; recipes are in configs/."
-        )
-    try:
-        raw = yaml.safe_load(storage.read_text(path)) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"Not YAML: {error}", where=path, remedy="Mend the syntax.") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(
-            "A configuration is a mapping of sections.",
-            where=path,
-            got=type(raw).__name__,
-            remedy="See configs/demo.yaml.",
-        )
+    raw = read_yaml(path)
     parents = raw.pop("extends", [])
     merged: dict[str, Any] = {}
     for parent in [parents] if isinstance(parents, str) else parents:
-        beside = (
-            parent
-            if "://" in parent or parent.startswith("/")
-            else storage.join(path.rpartition("/")[0] or ".", parent)
-        )
-        merged = _merged(merged, _read(beside, (*chain, path)))
-    return _merged(_inherited(merged, raw), raw)
+        merged = _merged(merged, _read(beside(path, parent), (*chain, path)))
+    return _over(merged, raw)
+
+
+def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    return _merged(_inherited(below, above), above)
 
 
 #: Fields of a section that mean the same for every learner; the others are the named learner's.

@@ -8,14 +8,16 @@ import yaml
 
 from metatrain.cli import main
 
+COMMANDS = ("prepare", "train", "evaluate", "compare", "recommend", "config", "doctor")
+
 
 def test_without_arguments_the_commands_are_shown(capsys):
     main([])
     shown = capsys.readouterr().out
-    assert all(f"metatrain {c}" in shown for c in ("prepare", "train", "evaluate", "recommend", "config", "doctor"))
+    assert all(f"metatrain {c}" in shown for c in COMMANDS)
 
 
-@pytest.mark.parametrize("command", ["prepare", "train", "evaluate", "recommend", "config", "doctor"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])
@@ -40,6 +42,8 @@ def test_overrides_reach_the_resolved_configuration(tmp_path, capsys):
         (["train", "none.yaml"], "no such configuration file"),
         (["recommend", "runs/x"], "--events FILE"),
         (["evaluate", "no/such/run"], "no checkpoint"),
+        (["compare"], "needs a leaderboard file"),
+        (["compare", "none.yaml", "--out", "x"], "no such configuration file"),
     ],
 )
 def test_an_error_is_short_and_exits_with_2(arguments, expected, capsys):

@@ -19,8 +19,9 @@ from metatrain.data.manifest import ItemSet, Split
 from metatrain.data.reader import iterate
 from metatrain.errors import CheckpointError
 from metatrain.evaluate import baselines
-from metatrain.evaluate.baselines import Baseline
-from metatrain.evaluate.protocols import Judge, Measured, Partition, draws_of, measure, partitions
+from metatrain.evaluate.baselines import Baseline, Fitted
+from metatrain.evaluate.choice import choose_adaptation
+from metatrain.evaluate.protocols import Judge, Measured, Partition, draws_of, measure, partitions_of
 from metatrain.evaluate.report import ADAPTED, UNADAPTED, Report
 from metatrain.evaluate.tasks import PaddedTasks, newest_support, padded
 from metatrain.evaluate.training_events import TrainingEvents, training_events
@@ -42,6 +43,7 @@ def evaluate_run(
     dataset: str | None = None,
     write: bool = True,
     progress: bool = True,
+    fitted: Fitted | None = None,
 ) -> Report:
     """Evaluates a run and publishes the report in its folder.
 
@@ -52,26 +54,39 @@ def evaluate_run(
         dataset: Where the run's dataset now lies, if not where it was trained.
         write: Whether `evaluation.json`, `.txt` and `.png` are written.
         progress: Whether a terminal shows a bar.
+        fitted: See `evaluate_recommender`.
 
     Raises:
         CheckpointError: No checkpoint, or one of another model or dataset, or scores that are not finite.
         DatasetError: The dataset is missing or broken.
     """
     recommender = Recommender.load(run_url, checkpoint=checkpoint, dataset=dataset)
-    report = evaluate_recommender(recommender, evaluate or recommender.config.evaluate, progress=progress)
+    report = evaluate_recommender(
+        recommender, evaluate or recommender.config.evaluate, progress=progress, fitted=fitted
+    )
     if write:
         urls = report.write(recommender.run_url)
         _log.info("wrote %s", ", ".join(urls.values()))
     return report
 
 
-def evaluate_recommender(recommender: Recommender, config: EvaluateConfig, *, progress: bool = False) -> Report:
-    """Evaluates a loaded recommender; nothing is written."""
+def evaluate_recommender(
+    recommender: Recommender, config: EvaluateConfig, *, progress: bool = False, fitted: Fitted | None = None
+) -> Report:
+    """Evaluates a loaded recommender; nothing is written.
+
+    Args:
+        recommender: What adaptation leaves open is chosen on validation users, and the recommender keeps it.
+        config: The protocol.
+        progress: Whether a terminal shows a bar.
+        fitted: The dataset's baselines under this protocol, from `fit_baselines`. Default: fitted now.
+    """
     dataset = recommender.dataset
     task, catalogued = dataset.manifest.task, dataset.manifest.catalogued
-    all_partitions = partitions(task, catalogued)
     judge = Judge(dataset.schema, config)
-    fitted = fit_baselines(dataset, judge)
+    fitted = fitted or fit_baselines(dataset, judge)
+    whole = list(_validation_batches(dataset, config, None)) if recommender.model.meta.candidates() else []
+    choice = choose_adaptation(recommender, whole, judge)
     orders_alone = frozenset(b.name for b in fitted.baselines if not b.predicts)
 
     def scored(batch: TaskBatch, tasks: PaddedTasks, beside: tuple[Baseline, ...]) -> dict[str, np.ndarray]:
@@ -85,8 +100,9 @@ def evaluate_recommender(recommender: Recommender, config: EvaluateConfig, *, pr
         return {ADAPTED: scores.after, UNADAPTED: scores.before} | {b.name: b.scores(tasks) for b in beside}
 
     measured: dict[str, Measured] = {}
-    notes = list(fitted.notes)
-    for partition in all_partitions:
+    notes = [*fitted.notes, *choice.notes]
+    partitions = partitions_of(config, task, catalogued)
+    for partition in partitions:
         if not dataset.manifest.tasks.get(partition.split, 0):
             notes.append(f"{partition.name}: left out, the dataset has no {partition.split.value} {task}s.")
         elif partition.items is ItemSet.NEW and not dataset.manifest.new_items:
@@ -104,7 +120,7 @@ def evaluate_recommender(recommender: Recommender, config: EvaluateConfig, *, pr
             if bar is not None:
                 bar.close()
     notes.extend(note for result in measured.values() for note in result.notes)
-    notes.extend(_left_out(measured, all_partitions, dataset, judge))
+    notes.extend(_left_out(measured, partitions, dataset, judge))
     return Report(
         dataset=dataset.manifest.name,
         run=recommender.config.run.name,
@@ -112,9 +128,10 @@ def evaluate_recommender(recommender: Recommender, config: EvaluateConfig, *, pr
         configuration=config.model_dump(mode="json"),
         rows=tuple(row for m in measured.values() for row in m.rows),
         by_support_size=tuple(row for m in measured.values() for row in m.by_support_size),
-        partitions={p.name: p.words for p in all_partitions if p.name in measured and measured[p.name].rows},
+        partitions={p.name: p.words for p in partitions if p.name in measured and measured[p.name].rows},
         notes=tuple(notes),
-        paired=tuple(row for m in measured.values() for row in m.paired),
+        paired_rows=tuple(row for m in measured.values() for row in m.paired),
+        task_values={name: m.task_values for name, m in measured.items() if m.task_values is not None},
         facts={
             "dataset_url": dataset.url,
             "dataset_fingerprint": dataset.fingerprint,
@@ -122,6 +139,7 @@ def evaluate_recommender(recommender: Recommender, config: EvaluateConfig, *, pr
             "task": task,
             "relevant_from": judge.relevant_from,
             "baselines": fitted.chosen,
+            **({"fine_tuning": choice.facts} if choice.facts else {}),
             "tasks_outside_bounds": {name: m.skipped for name, m in measured.items()},
             "dataset": dataset.manifest.facts,
         },
@@ -129,12 +147,12 @@ def evaluate_recommender(recommender: Recommender, config: EvaluateConfig, *, pr
 
 
 def _left_out(
-    measured: dict[str, Measured], all_partitions: tuple[Partition, ...], dataset: TaskDataset, judge: Judge
+    measured: dict[str, Measured], partitions: tuple[Partition, ...], dataset: TaskDataset, judge: Judge
 ) -> Iterator[str]:
     """Notes on tasks beyond the bound, on tasks without an episode, and on metrics that no task has defined."""
     task = dataset.manifest.task
     few = "too few" if judge.config.episode.events_max == EpisodeConfig().events_max else "too few or too many"
-    for partition in all_partitions:
+    for partition in partitions:
         total = dataset.manifest.tasks.get(partition.split, 0)
         if partition.name in measured and (seen := measured[partition.name].seen) < total:
             yield f"{partition.name}: measured on the first {seen:,} of {total:,} {task}s (evaluate.max_tasks)."
@@ -148,24 +166,25 @@ def _left_out(
             yield f"{metric} left out for {', '.join(names)}: {judge.needs(metric)}."
 
 
-def fit_baselines(dataset: TaskDataset, judge: Judge) -> baselines.Fitted:
+def fit_baselines(dataset: TaskDataset, judge: Judge) -> Fitted:
     """The baselines of a dataset: training tasks' events on the existing catalogue; settings chosen on validation."""
     config = judge.config
-
-    batches = list(_validation_batches(dataset, config))
+    batches = list(_validation_batches(dataset, config, ()))
     return baselines.fit(
         _training_events(dataset),
         np.asarray(dataset.catalogue.training_events),
         map(padded, batches),
         judge.loss,
         # Without support no setting of a user matters.
-        small=(padded(newest_support(batch, size)) for batch in batches for size in config.support_sizes if size),
+        small=(padded(newest_support(batch, size)) for batch in batches for size in judge.support_sizes if size),
         seed=config.seed,
         task=dataset.manifest.task,
     )
 
 
-def _validation_batches(dataset: TaskDataset, config: EvaluateConfig) -> Iterator[TaskBatch]:
+def _validation_batches(
+    dataset: TaskDataset, config: EvaluateConfig, features: tuple[str, ...] | None
+) -> Iterator[TaskBatch]:
     if not dataset.manifest.tasks.get(Split.VALIDATION, 0):
         return
     count = 0
@@ -176,7 +195,7 @@ def _validation_batches(dataset: TaskDataset, config: EvaluateConfig) -> Iterato
         config.episode,
         seed=config.seed,
         tasks_per_batch=config.tasks_per_batch,
-        features=(),
+        features=features,
     ):
         if batch.size:
             yield batch

@@ -13,13 +13,18 @@ AUC           share of (relevant, other) pairs in the right order         the qu
 nDCG@k        DCG@k over its greatest, gains as given                     all gains are 0
 hit rate@k    1 where a relevant event is among the first k               no relevant event, or at most k events
 recall@k      relevant events among the first k, of all relevant          no relevant event, or at most k events
+precision@k   relevant events among the first k, of k                     no relevant event, or at most k events
+MAP@k         mean over relevant events of the precision at their place   the query holds one kind alone
+              (0 behind place k), over min(k, relevant events)
 ============  ==========================================================  =====================================
 
-With at most k events every order has them all in its first k, so that hit rate and recall would be 1 for every model.
+With at most k events every order has them all in its first k, so that hit rate, recall and precision would be the same
+for every model.
 
 Equal scores stand in no order: each ranking metric is its mean over all orders of the tied events, exactly. So a
 constant predictor gets what shuffling would, never what the log's order happens to give. nDCG is that of scikit-learn
-(`ndcg_score(gains, scores, k=k)`), AUC that of its `roc_auc_score`.
+(`ndcg_score(gains, scores, k=k)`), AUC that of its `roc_auc_score`, MAP without ties and cut that of its
+`average_precision_score` (which breaks ties otherwise).
 """
 
 from __future__ import annotations
@@ -96,7 +101,49 @@ def recall(scores: Array, relevant: Array, mask: Array, k: int) -> Array:
     return _where_ranked(_ratio(found, positive.sum(1)), positive, mask, k)
 
 
+def precision(scores: Array, relevant: Array, mask: Array, k: int) -> Array:
+    """Share of the first k that is relevant, for each task: [T]."""
+    places = _places(scores, mask)
+    positive = relevant & mask
+    found = np.where(positive, np.clip((k - places.above) / places.tied, 0.0, 1.0), 0.0).sum(1)
+    return _where_ranked(found / k, positive, mask, k)
+
+
+def average_precision(scores: Array, relevant: Array, mask: Array, k: int) -> Array:
+    """Average precision at k of each task: [T]; 1 where the first places hold relevant events alone."""
+    positive = relevant & mask
+    counts = positive.sum(1)
+    if not scores.shape[1]:
+        return np.full(len(scores), np.nan)
+    places = _places(scores, mask)
+    above, tied = (np.take_along_axis(of_event, places.order, 1) for of_event in (places.above, places.tied))
+    good = np.take_along_axis(positive, places.order, 1)
+    before = np.concatenate([np.zeros((len(good), 1), np.int64), np.cumsum(good, axis=1)], axis=1)
+    good_above = np.take_along_axis(before, above, 1)
+    good_tied = np.take_along_axis(before, above + tied, 1) - good_above
+    # Over the orders of its ties, a place holds a relevant event with chance good_tied / tied; where it does, each
+    # place before it in the ties holds one of the good_tied - 1 others with equal chance.
+    place = np.arange(scores.shape[1])
+    found = good_above + 1 + (place - above) * (good_tied - 1) / np.maximum(tied - 1, 1)
+    parts = np.where(place < k, good_tied / tied * found / (place + 1), 0.0)
+    both = (counts > 0) & (counts < mask.sum(1))
+    return np.where(both, _ratio(parts.sum(1), np.minimum(counts, k)), np.nan)
+
+
 # --- over tasks ------------------------------------------------------------------------------------------------------
+
+
+def mean_of_draws(values: Array, tasks: Array) -> tuple[Array, Array]:
+    """The tasks there are, ascending: int64 [T]; and each one's mean over its defined values: [T], NaN without any.
+
+    Args:
+        values: [N], NaN where undefined.
+        tasks: int64 [N], which task each value is of.
+    """
+    known, index = np.unique(tasks, return_inverse=True)
+    defined = ~np.isnan(values)
+    total = np.bincount(index[defined], weights=values[defined], minlength=len(known))
+    return known, _ratio(total, np.bincount(index[defined], minlength=len(known)))
 
 
 def mean_over_tasks(values: Array, tasks: Array, confidence: float) -> Estimate:
@@ -111,12 +158,11 @@ def mean_over_tasks(values: Array, tasks: Array, confidence: float) -> Estimate:
     Returns:
         NaN without a defined task; the interval is infinitely wide with one.
     """
-    defined = ~np.isnan(values)
-    _, index = np.unique(tasks[defined], return_inverse=True)
-    count = int(index.max()) + 1 if index.size else 0
+    _, means = mean_of_draws(values, tasks)
+    means = means[~np.isnan(means)]
+    count = len(means)
     if not count:
         return Estimate(math.nan, math.nan, math.nan, 0)
-    means = np.bincount(index, weights=values[defined], minlength=count) / np.bincount(index, minlength=count)
     value = float(means.mean())
     if count == 1:
         return Estimate(value, -math.inf, math.inf, 1)
@@ -128,6 +174,75 @@ def root(estimate: Estimate) -> Estimate:
     """The root of a mean of squares, its interval's ends with it."""
     low, high = (math.sqrt(max(end, 0.0)) for end in (estimate.low, estimate.high))
     return Estimate(math.sqrt(estimate.value), low, high, estimate.tasks)
+
+
+@dataclass(frozen=True)
+class Difference(Estimate):
+    """A mean difference over tasks, its interval, and the two-sided p-value of "there is none"."""
+
+    p: float
+
+
+def paired_difference(one: Array, other: Array, confidence: float) -> Difference:
+    """The paired t-test over tasks of `one - other`, on the tasks where both are defined.
+
+    Args:
+        one, other: A value a task: [T], NaN where undefined.
+        confidence: Of the interval, in (0, 1).
+
+    Returns:
+        p is at least the precision of a float64 (2.2e-16). It is NaN with fewer than two tasks, and 1 where all tasks
+        have the very same value.
+    """
+    differences = one - other
+    tasks = np.arange(len(differences))
+    estimate = mean_over_tasks(differences, tasks, confidence)
+    return Difference(estimate.value, estimate.low, estimate.high, estimate.tasks, _p_of_zero(differences))
+
+
+def _p_of_zero(differences: Array) -> float:
+    defined = differences[~np.isnan(differences)]
+    count = len(defined)
+    if count < 2:
+        return math.nan
+    if not defined.any():
+        return 1.0
+    error = float(defined.std(ddof=1)) / math.sqrt(count)
+    return student_p(float(defined.mean()) / error if error else math.inf, count - 1)
+
+
+def student_p(t: float, degrees: int) -> float:
+    """P(|T| ≥ |t|) for Student's t, at least the precision of a float64."""
+    whole = degrees + t * t
+    p = _incomplete_beta(degrees / 2, 0.5, degrees / whole, t * t / whole) if math.isfinite(t) else 0.0
+    return min(1.0, max(p, float(np.finfo(np.float64).eps)))
+
+
+def _incomplete_beta(a: float, b: float, x: float, rest: float) -> float:
+    """The regularised incomplete beta function, by its continued fraction (Lentz's method); `rest` is 1 - x."""
+    if x <= 0.0 or rest <= 0.0:
+        return 0.0 if x <= 0.0 else 1.0
+    # The fraction converges quickly below the mean; above it the symmetric one does.
+    if x > (a + 1) / (a + b + 2):
+        return 1.0 - _incomplete_beta(b, a, rest, x)
+    # A difference would lose the digits of x or of the rest, whichever is near 0.
+    logs = (math.log(x) if x < 0.5 else math.log1p(-rest), math.log(rest) if rest < 0.5 else math.log1p(-x))
+    log_front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * logs[0] + b * logs[1]
+    tiny = 1e-300
+    c, d = 1.0, 1.0 / max(1.0 - (a + b) * x / (a + 1), tiny)
+    fraction = d
+    for m in range(1, 10_000):
+        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        change = 1.0
+        for term in (even, odd):
+            d = 1.0 / (1.0 + term * d or tiny)
+            c = 1.0 + term / c or tiny
+            change = c * d
+            fraction *= change
+        if abs(change - 1.0) < 1e-15:
+            break
+    return math.exp(log_front) * fraction / a
 
 
 @functools.lru_cache(maxsize=1024)
@@ -150,13 +265,15 @@ def student_quantile(confidence: float, degrees: int) -> float:
 class _Places:
     above: Array  # int64 [T, Q]: events of a greater score
     tied: Array  # int64 [T, Q]: events of the same score, itself included; 1 in padding
+    order: Array  # int64 [T, Q]: events best first, padding last
 
 
 def _places(scores: Array, mask: Array) -> _Places:
     """Where each event stands in its task's order by score, best first."""
     tasks, width = scores.shape
     if not width:
-        return _Places(np.zeros_like(scores, dtype=np.int64), np.ones_like(scores, dtype=np.int64))
+        nothing = np.zeros_like(scores, dtype=np.int64)
+        return _Places(nothing, nothing, nothing)
     # Padding last: behind events of any score, infinite ones too.
     order = np.lexsort((-np.where(mask, scores, 0.0), ~mask), axis=1)
     ranked, there = np.take_along_axis(scores, order, 1), np.take_along_axis(mask, order, 1)
@@ -170,7 +287,7 @@ def _places(scores: Array, mask: Array) -> _Places:
     above, tied = np.empty_like(order), np.empty_like(order)
     np.put_along_axis(above, order, first, 1)
     np.put_along_axis(tied, order, last - first + 1, 1)
-    return _Places(above, tied)
+    return _Places(above, tied, order)
 
 
 def _dcg(scores: Array, gains: Array, mask: Array, k: int) -> Array:

@@ -1,12 +1,17 @@
 """What is measured: partitions of users and items, their episodes, every scorer's metrics task by task.
 
-============  ==============  ==============
-partition     users           items
-============  ==============  ==============
-new users     test            existing
-new items     training        new
-both          test            new
-============  ==============  ==============
+==============  ==============  ==============
+partition       users           items
+==============  ==============  ==============
+new users       test            existing
+new items       training        new
+both            test            new
+existing users  training        existing
+==============  ==============  ==============
+
+The last is measured where `evaluate.existing_users` says so: its events were trained on, query and all. The four are
+those of Lee, Im, Jang, Cho and Chung 2019, "MeLU: Meta-learned user preference estimator for cold-start
+recommendation".
 
 Where tasks are items it is the other way round: new items are test tasks on existing users, new users are new rows of
 the catalogue.
@@ -31,6 +36,7 @@ from metatrain.data.manifest import ItemSet, Split
 from metatrain.data.schema import LabelKind, Schema
 from metatrain.evaluate import metrics
 from metatrain.evaluate.report import ADAPTED, PairedRow, Row, SizeRow
+from metatrain.evaluate.task_values import TaskValues, estimate_of, task_values
 from metatrain.evaluate.tasks import PaddedTasks, newest_support, padded
 
 Array = np.ndarray
@@ -46,20 +52,32 @@ class Partition:
     words: str
 
 
-def partitions(task: str = "user", catalogued: str = "item") -> tuple[Partition, ...]:
-    """The partitions of a dataset whose tasks and whose catalogue's rows are called so (see `Manifest.task`)."""
-    return (
+def partitions_of(config: EvaluateConfig, task: str = "user", catalogued: str = "item") -> tuple[Partition, ...]:
+    """What is measured, in the order of the table, where tasks and the catalogue's rows are called so (see `Manifest`)."""
+    asked = (
         Partition(f"new {task}s", Split.TEST, ItemSet.EXISTING, f"test {task}s, existing {catalogued}s"),
         Partition(f"new {catalogued}s", Split.TRAIN, ItemSet.NEW, f"training {task}s, new {catalogued}s"),
         Partition("both", Split.TEST, ItemSet.NEW, f"test {task}s, new {catalogued}s"),
     )
+    if not config.existing_users:
+        return asked
+    words = f"training {task}s, existing {catalogued}s: events that were trained on"
+    return (*asked, Partition(f"existing {task}s", Split.TRAIN, ItemSet.EXISTING, words))
 
 
 #: Of users' tasks.
-PARTITIONS = partitions()
+PARTITIONS = partitions_of(EvaluateConfig())
 
 #: A batch, and the same padded → scores [T, Q] by the scorer's name, in the order of the table.
 ScoreAll = Callable[[TaskBatch, PaddedTasks], Mapping[str, Array]]
+
+
+_RELEVANT_AT = {
+    "hit rate": metrics.hit_rate,
+    "recall": metrics.recall,
+    "precision": metrics.precision,
+    "MAP": metrics.average_precision,
+}
 
 
 @dataclass(frozen=True)
@@ -80,23 +98,50 @@ class Judge:
         return "MAE" if self.rates else "AUC"
 
     @property
-    def relevant_from(self) -> float:
-        """The least label that is relevant to AUC, hit rate and recall."""
+    def headlines(self) -> tuple[str, ...]:
+        """What the adapted model is compared by: the curve's metric, and nDCG@5 (or the first cut-off there is)."""
+        cuts = [name for name in self.names(True) if name.startswith("nDCG@")]
+        return self.curve_metric, *(cuts and ["nDCG@5" if "nDCG@5" in cuts else cuts[0]])
+
+    @property
+    def support_sizes(self) -> tuple[int, ...]:
+        """Sizes of the curve that an episode can have."""
+        return tuple(size for size in self.config.support_sizes if size <= self.config.episode.support_max)
+
+    @property
+    def relevant_from(self) -> float | str:
+        """The least label that is relevant to AUC and to what counts relevant events; "support mean": each task's."""
         if not self.rates:
             return 0.5
         return self.schema.label_mean if self.config.relevant is None else self.config.relevant
 
+    def relevant(self, tasks: PaddedTasks) -> Array:
+        """Which query events are relevant: bool [T, Q]. A threshold never depends on a query's labels."""
+        least = self.relevant_from
+        if isinstance(least, str):
+            count = tasks.support_mask.sum(1)
+            total = np.where(tasks.support_mask, tasks.support_labels, 0.0).sum(1)
+            least = np.where(count > 0, total / np.maximum(count, 1), self.schema.label_mean)[:, None]
+        return tasks.query_labels >= least
+
     def names(self, predicts: bool) -> list[str]:
         """Metrics in the order of the table."""
         errors = ["MAE", "RMSE"] if self.rates and predicts else []
-        kinds = ("nDCG", "hit rate", "recall")
-        return [*errors, "AUC", *(f"{kind}@{k}" for kind in kinds for k in self.config.k)]
+        cuts = self.config.k
+        return [
+            *errors,
+            *(
+                name
+                for kind in self.config.metrics
+                for name in ([kind] if kind == "AUC" else map(f"{kind}@{{}}".format, cuts))
+            ),
+        ]
 
     def needs(self, metric: str) -> str:
         """Why a metric may be defined for no task."""
-        if metric.startswith(("hit rate", "recall")):
+        if metric.startswith(("hit rate", "recall", "precision")):
             return f"it needs a query of more than {metric.partition('@')[2]} events, some of them relevant"
-        return "it needs a query of both kinds of labels" if metric == "AUC" else "it needs a label above 0"
+        return "it needs a label above 0" if metric.startswith("nDCG") else "it needs a query of both kinds of labels"
 
     def values(self, scores: Array, tasks: PaddedTasks, metric: str) -> Array:
         """The metric of each task: [T], NaN where undefined; for RMSE the mean square."""
@@ -108,11 +153,10 @@ class Judge:
             return error(held, labels, mask)
         if kind == "nDCG":
             return metrics.ndcg(scores, self.gains(labels), mask, int(cut))
-        relevant = labels >= self.relevant_from
+        relevant = self.relevant(tasks)
         if kind == "AUC":
             return metrics.auc(scores, relevant, mask)
-        rank = metrics.hit_rate if kind == "hit rate" else metrics.recall
-        return rank(scores, relevant, mask, int(cut))
+        return _RELEVANT_AT[kind](scores, relevant, mask, int(cut))
 
     def gains(self, labels: Array) -> Array:
         """2^r - 1, of clicks and of scales within 0 to 10; other scales are first mapped to 0 to 5."""
@@ -120,11 +164,6 @@ class Judge:
         if self.rates and (low < 0 or high > 10):
             labels = 5.0 * np.clip((labels - low) / max(high - low, 1e-12), 0.0, 1.0)
         return 2.0**labels - 1.0
-
-    def estimate(self, metric: str, values: Array, tasks: Array) -> metrics.Estimate:
-        """Mean and interval over tasks; of RMSE the root of both."""
-        mean = metrics.mean_over_tasks(values, tasks, self.config.confidence)
-        return metrics.root(mean) if metric == "RMSE" and mean.tasks else mean
 
     def loss(self, scores: Array, tasks: PaddedTasks) -> Array:
         """What the baselines' settings are chosen by, lower is better: [T]."""
@@ -143,8 +182,10 @@ class Measured:
     seen: int  # tasks read, those included
     #: Metrics that no task has defined.
     undefined: tuple[str, ...] = ()
-    #: The adapted model against each other one, by the judge's `curve_metric`.
+    #: The adapted model against each other one, by the judge's `headlines`.
     paired: tuple[PairedRow, ...] = ()
+    #: All that the rows are means of.
+    task_values: TaskValues | None = None
 
 
 def draws_of(config: EvaluateConfig) -> int:
@@ -194,7 +235,7 @@ def measure(
             if draw:
                 continue
             first_tasks.append(whole.tasks)
-            for size in judge.config.support_sizes:
+            for size in judge.support_sizes:
                 part = newest_support(batch, size)
                 short = padded(part)
                 for model, scores in (score_small or score_all)(part, short).items():
@@ -203,41 +244,61 @@ def measure(
     if not tasks:
         why = f"{skipped:,} tasks have too few or too many events" if skipped else "there is no such task"
         return Measured((), (), (f"{partition.name}: left out, {why}.",), skipped, skipped)
-    ordinals, first = np.concatenate(tasks), np.concatenate(first_tasks)
-    rows, undefined = [], {}
-    for (model, metric), parts in values.items():
-        estimate = judge.estimate(metric, np.concatenate(parts), ordinals)
-        if estimate.tasks:
-            rows.append(Row(model, partition.name, metric, *_fields(estimate), draws))
-        else:
-            undefined[metric] = True
-    sizes = [
-        SizeRow(model, partition.name, judge.curve_metric, *_fields(estimate), 1, size)
-        for (model, size), parts in curve.items()
-        if (estimate := judge.estimate(judge.curve_metric, np.concatenate(parts), first)).tasks
-    ]
-    paired = _paired(partition, values, ordinals, judge, draws)
-    return Measured(tuple(rows), tuple(sizes), (), skipped, skipped + len(first), tuple(undefined), paired)
+    of_tasks = task_values(
+        np.concatenate(tasks),
+        {key: np.concatenate(parts) for key, parts in values.items()},
+        np.concatenate(first_tasks),
+        {key: np.concatenate(parts) for key, parts in curve.items()},
+        draws,
+    )
+    rows, sizes, undefined = rows_of(partition.name, of_tasks, judge)
+    paired = _paired(partition, of_tasks, judge)
+    count = skipped + len(of_tasks.tasks)
+    return Measured(rows, sizes, (), skipped, count, undefined, paired, of_tasks)
 
 
-def _paired(
-    partition: Partition, values: Mapping[tuple[str, str], list[Array]], tasks: Array, judge: Judge, draws: int
-) -> tuple[PairedRow, ...]:
+def rows_of(
+    partition: str, of_tasks: TaskValues, judge: Judge
+) -> tuple[tuple[Row, ...], tuple[SizeRow, ...], tuple[str, ...]]:
+    """The rows of a partition's table and of its curve, and the metrics that no task has defined."""
+    level, metric_of_curve = judge.config.confidence, judge.curve_metric
+    estimates = {key: estimate_of(values, key[1], level) for key, values in of_tasks.values.items()}
+    rows = tuple(
+        Row(model, partition, metric, *fields_of(estimate), of_tasks.draws)
+        for (model, metric), estimate in estimates.items()
+        if estimate.tasks
+    )
+    sizes = tuple(
+        SizeRow(model, partition, metric_of_curve, *fields_of(estimate), 1, size)
+        for (model, size), values in of_tasks.by_support_size.items()
+        if (estimate := estimate_of(values, metric_of_curve, level)).tasks
+    )
+    undefined = dict.fromkeys(metric for (_, metric), estimate in estimates.items() if not estimate.tasks)
+    return rows, sizes, tuple(undefined)
+
+
+def _paired(partition: Partition, of_tasks: TaskValues, judge: Judge) -> tuple[PairedRow, ...]:
     """The adapted model's values minus each other model's, task by task."""
-    metric = judge.curve_metric
-    if (ADAPTED, metric) not in values:
-        return ()
-    own = np.concatenate(values[ADAPTED, metric])
+    found = (
+        (metric, model, of_tasks.paired(ADAPTED, model, metric, judge.config.confidence))
+        for metric in judge.headlines
+        if (ADAPTED, metric) in of_tasks.values
+        for model in of_tasks.models
+        if model != ADAPTED and (model, metric) in of_tasks.values
+    )
     return tuple(
-        PairedRow(ADAPTED, partition.name, metric, *_fields(estimate), draws, model)
-        for (model, of), parts in values.items()
-        if of == metric
-        and model != ADAPTED
-        and (estimate := metrics.mean_over_tasks(own - np.concatenate(parts), tasks, judge.config.confidence)).tasks
+        PairedRow(ADAPTED, partition.name, metric, *fields_of(difference), of_tasks.draws, model, difference.p)
+        for metric, model, difference in found
+        if difference.tasks
     )
 
 
-def _fields(estimate: metrics.Estimate) -> tuple[float, float, float, int]:
+def fields_of(estimate: metrics.Estimate) -> tuple[float, float, float, int]:
+    """What a row holds of an estimate.
+
+    Raises:
+        ValueError: A mean that is not finite.
+    """
     if not math.isfinite(estimate.value):
         raise ValueError(f"a mean over tasks is not finite: {estimate}")
     return estimate.value, estimate.low, estimate.high, estimate.tasks

@@ -2,9 +2,10 @@
 
 `evaluation.json` holds `dataset`, `run`, `checkpoint` (its step), `configuration` (of the evaluation), `facts`,
 `notes`, `rows`, `by_support_size` and `paired`. A row is `{model, partition, metric, value, low, high, tasks, draws}`;
-a row of `by_support_size` has `support` besides. A row of `paired` has `against`: the mean over tasks of the model's
-metric minus that of the model `against` on the same task, whose interval is far narrower than either model's own where
-both find the same tasks hard. `low` and `high` are null where one task alone gives no interval.
+a row of `by_support_size` has `support` besides. A row of `paired` has `against` and `p`: the mean over tasks of the
+model's metric minus that of the model `against` on the same task, whose interval is far narrower than either model's
+own where both find the same tasks hard, and the two-sided p-value of a paired t-test over tasks. `low`, `high` and `p`
+are null where one task alone gives none. `Report.paired` compares any two models of the table.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from metatrain import storage
+from metatrain.evaluate.metrics import Difference
+from metatrain.evaluate.task_values import TaskValues
 
 ADAPTED, UNADAPTED = "adapted", "unadapted"
 JSON_FILE, PLOT_FILE, TABLE_FILE = "evaluation.json", "evaluation.png", "evaluation.txt"
@@ -46,9 +50,10 @@ class SizeRow(Row):
 
 @dataclass(frozen=True)
 class PairedRow(Row):
-    """The mean over tasks of a model's metric minus that of the model `against`."""
+    """The mean over tasks of a model's metric minus that of the model `against`, and the p-value of "no difference"."""
 
     against: str
+    p: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -64,9 +69,21 @@ class Report:
     #: Partition → what it is made of, in words, in the order of the table.
     partitions: dict[str, str]
     notes: tuple[str, ...] = ()
-    #: The adapted model against each other one, by the metric of the curve.
-    paired: tuple[PairedRow, ...] = ()
+    #: The adapted model against each other one, by the headline metrics.
+    paired_rows: tuple[PairedRow, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
+    #: Partition → what its rows are means of. In memory alone.
+    task_values: Mapping[str, TaskValues] = field(default_factory=dict, repr=False, compare=False)
+
+    def paired(self, model: str, against: str, partition: str, metric: str) -> Difference:
+        """The metric of `model` minus that of `against`, by a paired t-test over the tasks that both have; of RMSE the
+        difference of the mean squares.
+
+        Raises:
+            KeyError: No such partition, model or metric.
+        """
+        confidence = self.configuration.get("confidence", 0.95)
+        return self.task_values[partition].paired(model, against, metric, confidence)
 
     def value(self, model: str, partition: str, metric: str) -> float:
         """One figure of `rows`; KeyError where there is none."""
@@ -84,9 +101,9 @@ class Report:
             "configuration": self.configuration,
             "facts": self.facts,
             "notes": list(self.notes),
-            "rows": [_finite(asdict(row)) for row in self.rows],
-            "by_support_size": [_finite(asdict(row)) for row in self.by_support_size],
-            "paired": [_finite(asdict(row)) for row in self.paired],
+            "rows": [finite(asdict(row)) for row in self.rows],
+            "by_support_size": [finite(asdict(row)) for row in self.by_support_size],
+            "paired": [finite(asdict(row)) for row in self.paired_rows],
         }
         return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
 
@@ -142,16 +159,18 @@ class Report:
 
     def _against_the_best(self, partition: str) -> list[str]:
         """A line: how far the adapted model is from the best baseline, task by task; none where nothing is paired."""
-        rows = [row for row in self.paired if row.partition == partition and row.against != UNADAPTED]
+        rows = [row for row in self.paired_rows if row.partition == partition and row.against != UNADAPTED]
         if not rows:
             return []
+        rows = [row for row in rows if row.metric == rows[0].metric]
         # From the best baseline the adapted model gains least.
         least = max if rows[0].metric in ERRORS else min
         row = least(rows, key=lambda r: r.value)
         half = (row.high - row.low) / 2
         around = f" ± {half:.3f}" if math.isfinite(half) else ""
         value = f"{row.value:+.3f}".replace("-", "−")
-        return [f"{row.metric} of {row.model} − {row.against}: {value}{around} (paired over tasks)"]
+        p = "" if math.isnan(row.p) else f", p = {row.p:.2g}"
+        return [f"{row.metric} of {row.model} − {row.against}: {value}{around} (paired over tasks{p})"]
 
 
 def _cell(cells: dict[tuple[str, str], Row], models: list[str], model: str, metric: str, interval: bool) -> str:
@@ -167,7 +186,8 @@ def _cell(cells: dict[tuple[str, str], Row], models: list[str], model: str, metr
     return f"{row.value:.3f}{around}{mark}"
 
 
-def _finite(row: dict[str, Any]) -> dict[str, Any]:
+def finite(row: dict[str, Any]) -> dict[str, Any]:
+    """A row for JSON, which has no infinities: null in their place."""
     return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
 
 

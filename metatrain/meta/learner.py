@@ -18,7 +18,7 @@ representation.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -144,6 +144,15 @@ class MetaLearner(nn.Module):
         with torch.no_grad():
             before = self.task_losses(self.predictions(self.unadapted(support, rows), query), query)
         return QueryLoss(total, after.detach(), before)
+
+    def candidates(self) -> Sequence[Mapping[str, float]]:
+        """Settings of adaptation that training leaves open: evaluation gives each to `choose` and keeps the one that
+        serves validation tasks best. None by default."""
+        return ()
+
+    def choose(self, settings: Mapping[str, float]) -> None:
+        """Adapts with one of `candidates` from now on."""
+        raise NotImplementedError(f"{type(self).__name__}.choose")
 
     def curves(self) -> dict[str, float]:
         """What of the method is worth a curve: tag → value now."""

@@ -21,6 +21,7 @@ from metatrain.model.tables import Tables
 #: Name → import path. One file each.
 META_LEARNERS = {
     "hypernetwork": "metatrain.meta.hypernetwork:Hypernetwork",
+    "joint": "metatrain.meta.joint:Joint",
     "maml": "metatrain.meta.maml:MAML",
     "mamo": "metatrain.meta.mamo:MAMO",
     "metaembedding": "metatrain.meta.metaembedding:MetaEmbedding",

@@ -32,7 +32,7 @@ def ray_session(config: Config, address: str | None) -> Iterator[None]:
         return
     # Ray would print a line of its own for every worker; what users need comes through `tell`.
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    cpus = math.ceil(config.train.workers * (1 + config.data.readers_per_worker * READER_CPUS))
+    cpus = cpus_of(config)
     try:
         if address:
             ray.init(address=address, **quiet)
@@ -49,16 +49,25 @@ def ray_session(config: Config, address: str | None) -> Iterator[None]:
             remedy="Check the address and that the cluster is up; `metatrain doctor` examines this machine.",
         ) from error
     try:
-        _check_resources(config, cpus, bool(address))
+        check_resources(config, cluster=bool(address))
         _check_shared_storage(config.run_url)
         yield
     finally:
         ray.shutdown()
 
 
-def _check_resources(config: Config, cpus: int, cluster: bool) -> None:
-    """A local Ray never gets what it lacks; a cluster may grow, so there a wait is only announced."""
-    wanted = {"CPU": cpus, **({"GPU": config.train.workers} if config.train.gpus else {})}
+def cpus_of(config: Config) -> int:
+    """CPUs that a run's workers and readers take."""
+    return math.ceil(config.train.workers * (1 + config.data.readers_per_worker * READER_CPUS))
+
+
+def check_resources(config: Config, cluster: bool) -> None:
+    """A local Ray never gets what it lacks; a cluster may grow, so there a wait is only announced.
+
+    Raises:
+        ConfigError: The local Ray is smaller than the run wants.
+    """
+    wanted = {"CPU": cpus_of(config), **({"GPU": config.train.workers} if config.train.gpus else {})}
     there = ray.cluster_resources()
     for name, count in wanted.items():
         if there.get(name, 0) >= count:

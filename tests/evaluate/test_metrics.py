@@ -72,6 +72,37 @@ def test_hit_rate_and_recall_are_means_over_the_orders_of_ties(case):
         assert found[t] == pytest.approx(firsts.mean() / relevant.sum())
 
 
+@settings(max_examples=60, deadline=None)
+@given(queries())
+def test_precision_and_map_are_means_over_the_orders_of_ties(case):
+    scores, labels, k = [row[:6] for row in case[0]], [row[:6] for row in case[1]], case[2]
+    s, y = padded(scores, 99.0), padded(labels, 7.0)
+    mask = padded([np.ones(len(row)) for row in scores], 0).astype(bool)
+    found, average = metrics.precision(s, y >= 3, mask, k), metrics.average_precision(s, y >= 3, mask, k)
+    for t, (row, label) in enumerate(zip(scores, labels, strict=True)):
+        relevant = label >= 3
+        orders = [o for o in itertools.permutations(range(len(row))) if all(np.diff(row[list(o)]) <= 0)]
+        ranked = [[bool(relevant[i]) for i in o] for o in orders]
+        if not relevant.any() or len(row) <= k:
+            assert math.isnan(found[t])
+        else:
+            assert found[t] == pytest.approx(np.mean([sum(r[:k]) / k for r in ranked]))
+        if not 0 < relevant.sum() < len(row):
+            assert math.isnan(average[t])
+            continue
+        each = [sum(sum(r[: n + 1]) / (n + 1) for n in range(min(k, len(r))) if r[n]) for r in ranked]
+        assert average[t] == pytest.approx(np.mean(each) / min(k, relevant.sum()))
+
+
+def test_map_without_ties_and_cut_is_scikit_learns():
+    generator = np.random.default_rng(3)
+    scores, relevant = generator.normal(size=(50, 9)), generator.random((50, 9)) < 0.4
+    relevant[:, 0], relevant[:, 1] = True, False
+    found = metrics.average_precision(scores, relevant, np.ones((50, 9), bool), 9)
+    expected = [sklearn_metrics.average_precision_score(r, s) for r, s in zip(relevant, scores, strict=True)]
+    assert found == pytest.approx(expected)
+
+
 def test_a_constant_predictor_gets_what_shuffling_gets():
     generator = np.random.default_rng(0)
     labels = generator.integers(1, 6, size=(4000, 10)).astype(float)
@@ -95,6 +126,8 @@ def test_no_query_at_all():
     assert np.isnan(metrics.auc(empty, nothing, nothing)).all()
     assert np.isnan(metrics.ndcg(empty, empty, nothing, 1)).all()
     assert np.isnan(metrics.hit_rate(empty, nothing, nothing, 1)).all()
+    assert np.isnan(metrics.precision(empty, nothing, nothing, 1)).all()
+    assert np.isnan(metrics.average_precision(empty, nothing, nothing, 1)).all()
 
 
 @pytest.mark.parametrize(
@@ -127,3 +160,38 @@ def test_draws_of_a_task_are_one_observation():
 def test_root_maps_the_interval():
     estimate = metrics.root(metrics.Estimate(4.0, -1.0, 9.0, 5))
     assert (estimate.value, estimate.low, estimate.high) == (2.0, 0.0, 3.0)
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 5, 30, 499, 6039, 10**6])
+@pytest.mark.parametrize("t", [0.0, 1e-6, 0.3, 1.0, 1.96, -2.5, 6.0])
+def test_student_p_is_scipys(t, degrees):
+    stats = pytest.importorskip("scipy.stats")
+    assert metrics.student_p(t, degrees) == pytest.approx(2 * stats.t.sf(abs(t), degrees), rel=1e-8, abs=1e-15)
+
+
+def test_student_p_is_never_below_the_precision_of_its_type():
+    assert metrics.student_p(1e6, 500) == metrics.student_p(math.inf, 3) == np.finfo(float).eps
+
+
+def test_paired_difference_is_scipys_paired_t_test():
+    stats = pytest.importorskip("scipy.stats")
+    generator = np.random.default_rng(2)
+    one, other = generator.normal(size=(2, 40))
+    other += 0.3 + one
+    one[3] = other[7] = np.nan
+    found = metrics.paired_difference(one, other, 0.9)
+    both = ~np.isnan(one - other)
+    expected = stats.ttest_rel(one[both], other[both])
+    interval = expected.confidence_interval(0.9)
+    assert found.tasks == 38
+    assert found.value == pytest.approx((one - other)[both].mean())
+    assert found.p == pytest.approx(expected.pvalue, rel=1e-8)
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high), rel=1e-4)
+
+
+def test_a_difference_without_spread():
+    same = np.array([1.0, 2.0, np.nan])
+    assert metrics.paired_difference(same, same, 0.95).p == 1.0
+    assert metrics.paired_difference(same, same + 1, 0.95).p == np.finfo(float).eps
+    assert math.isnan(metrics.paired_difference(same[1:], same[1:] + 1, 0.95).p)
+    assert metrics.paired_difference(same[2:], same[2:], 0.95).tasks == 0

@@ -9,8 +9,13 @@ import pytest
 
 from metatrain.config import EpisodeConfig, EvaluateConfig
 from metatrain.data.batch import TaskBatch
+from metatrain.data.manifest import ItemSet, Split
 from metatrain.data.schema import LabelKind, Schema
-from metatrain.evaluate.protocols import PARTITIONS, Judge, draws_of, measure
+from metatrain.evaluate.protocols import PARTITIONS, Judge, draws_of, measure, partitions_of
+from metatrain.evaluate.report import Report
+from metatrain.evaluate.tasks import newest_support, padded
+
+scipy_stats = pytest.importorskip("scipy.stats")
 
 RATINGS = Schema(features=(), label=LabelKind.RATING, label_mean=3.5, label_deviation=1, label_min=1, label_max=5)
 CLICKS = Schema(features=(), label=LabelKind.CLICK, label_mean=0.3, label_deviation=0.4, label_min=0, label_max=1)
@@ -132,16 +137,74 @@ def test_the_adapted_model_is_compared_task_by_task():
         return {"adapted": better, "unadapted": worse, "bias": worse, "order": constant}
 
     result = measure(PARTITIONS[0], lambda draw: [batch(tasks, draw)], score, judge, frozenset({"order"}))
-    rows = {r.against: r for r in result.paired}
+    rows = {r.against: r for r in result.paired if r.metric == "MAE"}
     assert set(rows) == {"unadapted", "bias"}
+    assert {r.against for r in result.paired if r.metric == "nDCG@5"} == {"unadapted", "bias", "order"}
     row = rows["bias"]
     assert (row.model, row.partition, row.metric, row.tasks) == ("adapted", "new users", "MAE", 5)
     expected = -0.1 - 0.01 * spread[:, 0]
     assert row.value == pytest.approx(expected.mean())
     assert row.high - row.low == pytest.approx(2 * 2.131847 * expected.std(ddof=1) / math.sqrt(5), rel=1e-4)
+    assert row.p == pytest.approx(scipy_stats.ttest_1samp(expected, 0.0).pvalue, rel=1e-6)
     own = next(r for r in result.rows if (r.model, r.metric) == ("adapted", "MAE"))
     assert own.high - own.low > 10 * (row.high - row.low)
     assert measured()[0].paired == ()  # no model named adapted
+
+
+def test_any_two_models_are_compared_over_their_tasks_draws_averaged_first():
+    result, _ = measured(draws=3)
+    values = result.task_values
+    assert values.tasks.tolist() == [2, 4, 7, 9]
+    report = Report("d", "r", 0, {"confidence": 0.9}, result.rows, (), {}, task_values={"new users": values})
+    # Each draw's values by hand: a task's labels in the order of `batch`.
+    draws = [
+        np.concatenate([batch([4, 9, 2], 10 * d).labels, batch([7], 10 * d + 1).labels]).reshape(4, 7)[:, 3:]
+        for d in range(3)
+    ]
+    of = {
+        "oracle": np.zeros(4),
+        "sizes": np.mean([np.abs(labels - 3).mean(1) for labels in draws], axis=0),
+    }
+    found = report.paired("sizes", "oracle", "new users", "MAE")
+    expected = scipy_stats.ttest_rel(of["sizes"], of["oracle"])
+    assert found.value == pytest.approx(np.mean(of["sizes"]))
+    assert found.p == pytest.approx(expected.pvalue, rel=1e-6)
+    assert report.paired("oracle", "sizes", "new users", "MAE").value == pytest.approx(-found.value)
+    assert report.paired("oracle", "order", "new users", "nDCG@4").tasks == 4
+    with pytest.raises(KeyError, match=r"models oracle, sizes, order; metrics MAE"):
+        report.paired("oracle", "popularity", "new users", "MAE")
+
+
+def test_ranking_metrics_are_those_of_the_configuration():
+    result, _ = measured(metrics=("precision", "MAP"))
+    assert {r.metric for r in result.rows} == {"MAE", "RMSE", "precision@1", "MAP@1", "MAP@4"}
+    judge = Judge(RATINGS, EvaluateConfig(metrics=("nDCG",), k=(1, 3)))
+    assert judge.headlines == ("MAE", "nDCG@1")
+    assert Judge(RATINGS, EvaluateConfig()).headlines == ("MAE", "nDCG@5")
+    assert Judge(CLICKS, EvaluateConfig(metrics=("AUC",))).headlines == ("AUC",)
+
+
+def test_support_sizes_that_no_episode_has_are_left_out():
+    assert Judge(RATINGS, EvaluateConfig()).support_sizes == (0, 1, 2, 5, 10, 20, 50)
+    few = EvaluateConfig(episode=EpisodeConfig(support_max=10))
+    assert Judge(RATINGS, few).support_sizes == (0, 1, 2, 5, 10)
+
+
+def test_relevance_by_the_supports_mean_reads_no_query_label():
+    tasks = padded(batch([1, 2, 3], 0))
+    judge = Judge(RATINGS, EvaluateConfig(relevant="support mean"))
+    means = tasks.support_labels.mean(1)
+    assert judge.relevant(tasks).tolist() == [(q >= m).tolist() for q, m in zip(tasks.query_labels, means, strict=True)]
+    bare = padded(newest_support(batch([1, 2, 3], 0), 0))
+    assert judge.relevant(bare).tolist() == (bare.query_labels >= 3.5).tolist()
+    assert Judge(CLICKS, EvaluateConfig(relevant="support mean")).relevant_from == 0.5
+
+
+def test_training_users_on_existing_items_are_measured_on_demand_and_said_to_be_trained_on():
+    assert partitions_of(EvaluateConfig()) == PARTITIONS
+    fourth = partitions_of(EvaluateConfig(existing_users=True))[-1]
+    assert (fourth.split, fourth.items) == (Split.TRAIN, ItemSet.EXISTING)
+    assert "trained on" in fourth.words
 
 
 def test_clicks_have_no_errors_and_a_curve_of_auc():

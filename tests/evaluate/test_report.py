@@ -68,17 +68,20 @@ def test_table_marks_the_best_and_aligns(report):
 
 def test_paired_differences_have_rows_of_their_own_and_a_line_for_the_best_baseline(report):
     paired = tuple(
-        PairedRow("adapted", "new users", "MAE", value, value - 0.004, value + 0.004, 90, 2, against)
+        PairedRow("adapted", "new users", "MAE", value, value - 0.004, value + 0.004, 90, 2, against, 0.0312)
         for against, value in (("unadapted", -0.001), ("global mean", -0.2), ("item + user bias", -0.0071))
     )
     alone = PairedRow("adapted", "both", "MAE", 0.25, -math.inf, math.inf, 1, 2, "global mean")
-    content = Report(**{**report.__dict__, "paired": (*paired, alone)})
+    content = Report(**{**report.__dict__, "paired_rows": (*paired, alone)})
     blocks = content.table().split("\n\n")
-    assert blocks[0].splitlines()[-1] == "MAE of adapted − item + user bias: −0.007 ± 0.004 (paired over tasks)"
+    assert (
+        blocks[0].splitlines()[-1] == "MAE of adapted − item + user bias: −0.007 ± 0.004 (paired over tasks, p = 0.031)"
+    )
     assert blocks[1].splitlines()[-1] == "MAE of adapted − global mean: +0.250 (paired over tasks)"
     rows = json.loads(content.to_json())["paired"]
-    assert list(rows[0]) == [*json.loads(content.to_json())["rows"][0], "against"]
+    assert list(rows[0]) == [*json.loads(content.to_json())["rows"][0], "against", "p"]
     assert rows[-1]["low"] is None
+    assert [row["p"] for row in rows[-2:]] == [0.0312, None]
     assert "paired over tasks" not in report.table()
 
 

@@ -1,0 +1,1 @@
+"""Comparison: several methods trained and judged alike on one dataset, and their leaderboard."""
