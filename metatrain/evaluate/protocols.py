@@ -53,7 +53,7 @@ class Partition:
 
 
 def partitions_of(config: EvaluateConfig, task: str = "user", catalogued: str = "item") -> tuple[Partition, ...]:
-    """What is measured, in the order of the table, where tasks and the catalogue's rows are called so (see `Manifest`)."""
+    """What is measured, in the table's order, where tasks and the catalogue's rows are called so (see `Manifest`)."""
     asked = (
         Partition(f"new {task}s", Split.TEST, ItemSet.EXISTING, f"test {task}s, existing {catalogued}s"),
         Partition(f"new {catalogued}s", Split.TRAIN, ItemSet.NEW, f"training {task}s, new {catalogued}s"),

@@ -38,6 +38,7 @@ SETTINGS = {
 
 #: (meta-learner, base learner, setting) that make no sense together → what the refusal says; "*" is any.
 REFUSED = {
+    ("mamo", "*", "rows"): "there is none that does not adapt",
     ("ridge", "*", "clicks"): "under binary cross-entropy scores are logits",
 }
 
