@@ -22,7 +22,7 @@ def hypernetwork(kind: str, loss: str = "squared", **options) -> Hypernetwork:
         LAYOUT.width, layout=LAYOUT, hidden=(7,), activation="tanh", offset=0.0 if click else 3.5
     ).double()
     nn.init.normal_(learner.taste, std=0.1)
-    settings = {"relevant_from": 0.5 if click else 3.0, "loss": loss, "kind": kind, "widths": (6, 5), "shrinkage": 1.5}
+    settings = {"relevant_from": 0.5 if click else 4.0, "loss": loss, "kind": kind, "widths": (6, 5), "shrinkage": 1.5}
     meta = Hypernetwork(learner, **{**settings, **options}).double()
     for layer in getattr(meta, "layers", ()):
         # So large that units switch between a task's means and none.
@@ -88,7 +88,7 @@ def test_meta_gradient_is_that_of_a_loop_over_tasks_and_events(kind: str, loss: 
     episodes, losses = made_up(click=click), []
     for task in range(episodes.size):
         alone = one_task(episodes, task)
-        both = class_means(meta, alone.support, 0.5 if click else 3.0, means == "class")
+        both = class_means(meta, alone.support, 0.5 if click else 4.0, means == "class")
         scores = [meta.learner(x) + corrections(meta, meta.learner.represent(x), *both) for x in alone.query.x[0]]
         losses.append(meta.event_loss(torch.stack(scores), alone.query.labels[0]).mean())
     found = meta(episodes)
