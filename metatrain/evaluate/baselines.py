@@ -12,11 +12,9 @@ popularity                      training events of the item: an order, not a rat
 
 An item without training events has bias 0 and factor 0. Shrinkage, rank and regularisation are chosen on validation
 users from small grids, never on what is reported: on whole supports for the table; for the curve by support size how
-much a user's bias is shrunk is chosen again, on supports of its sizes. Clicks are taken as labels of 0 and 1, so
-predictions are estimates of their probability. Nothing loops over users or events.
-
-Where items are the tasks, "user" in this module stands for the task, and "item" for a user of the catalogue, whose
-number of events is called activity in place of popularity.
+much a user's bias is shrunk is chosen again, on supports of its sizes. Where labels have few levels (stars), each
+baseline's predictions are rounded to them where validation users' error is then less. Clicks are taken as labels of
+0 and 1, so predictions are estimates of their probability. Nothing loops over users or events.
 """
 
 from __future__ import annotations
@@ -147,6 +145,40 @@ def fit_biases(
     return items, users
 
 
+# --- levels ----------------------------------------------------------------------------------------------------------
+
+#: More distinct labels than this are a continuous scale.
+_MOST_LEVELS = 12
+#: Share of a score left beside its level, so that rounding makes no ties: rankings stay what they were.
+_SLOPE = 0.01
+
+
+@dataclass(frozen=True)
+class InLevels:
+    """Another baseline's predictions, rounded to the nearest of the labels' levels: under absolute error the best guess
+    of a number of stars is a number of stars, as the median is one and the mean is not."""
+
+    baseline: Baseline
+    levels: Array  # float64 [L], ascending
+    predicts: bool = True
+
+    @property
+    def name(self) -> str:
+        """The other's."""
+        return self.baseline.name
+
+    def scores(self, tasks: PaddedTasks) -> Array:
+        scores = self.baseline.scores(tasks)
+        nearest = self.levels[np.searchsorted((self.levels[1:] + self.levels[:-1]) / 2, scores)]
+        return nearest + _SLOPE * (scores - nearest)
+
+
+def levels_of(events: TrainingEvents) -> Array | None:
+    """The labels' levels: float64 [L], ascending; None where labels are clicks or of a continuous scale."""
+    found = np.unique(events.labels[:100_000]).astype(np.float64)
+    return found if 2 < len(found) <= _MOST_LEVELS else None
+
+
 # --- fitting all -----------------------------------------------------------------------------------------------------
 
 ITEM_SHRINKAGE = (1.0, 2.0, 5.0, 10.0, 25.0)
@@ -234,10 +266,22 @@ def fit(
                 f"({factorisation.name}) in place of {user_shrinkage:g}: best on validation {task}s with so few events."
             )
     constants = (GlobalMean(mean), SupportMean(mean), SupportMedian(mean))
+    levels = levels_of(events)
+
+    def at_best(baseline: Baseline, judged_on: Sequence[PaddedTasks]) -> Baseline:
+        """Its predictions rounded, where that is better on validation tasks."""
+        if levels is None or not judged_on:
+            return baseline
+        return (baseline, InLevels(baseline, levels))[chosen((baseline, InLevels(baseline, levels)), judged_on)]
+
+    table = [at_best(b, tasks) for b in (*constants, biases[best], factorisation)]
+    curve = [at_best(b, small or tasks) for b in (*constants, bias_small, factorisation_small)]
+    if rounded := [b.name for b in table if isinstance(b, InLevels)]:
+        notes.append(f"Rounded to the labels' levels, which is better on validation {task}s: {', '.join(rounded)}.")
     popular = Popularity(popularity, "popularity" if task == "user" else "activity")
     return Fitted(
-        (*constants, biases[best], factorisation, popular),
-        (*constants, bias_small, factorisation_small, popular),
+        (*table, popular),
+        (*curve, popular),
         {
             "item_shrinkage": item_shrinkage,
             "user_shrinkage": user_shrinkage,

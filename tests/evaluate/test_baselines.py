@@ -207,3 +207,34 @@ def test_collecting_events_stops_at_the_limit_and_says_so():
     part = training_events([batch(0), batch(10)], ITEMS, limit=3)
     assert (part.user_count, part.limited) == (2, True)
     assert training_events([], ITEMS).mean == 0.0
+
+
+def test_predictions_are_rounded_to_stars_where_that_is_better():
+    def stars(people: list) -> list:
+        return [(items, np.clip(labels.round(), 1, 5)) for items, labels in people]
+
+    training, _ = log(300, 1, 0.4, seed=3)
+    validation, _ = log(100, 1, 0.4, seed=4)
+    events, tasks = events_of(stars(training)), tasks_of(stars(validation), 3)
+    popularity = np.bincount(events.items, minlength=ITEMS)
+
+    def error(scores: np.ndarray, of: PaddedTasks) -> np.ndarray:
+        return metrics.absolute_error(scores, of.query_labels, of.query_mask)
+
+    fitted = baselines.fit(events, popularity, [tasks], error, ranks=(1,))
+    fold_in = next(b for b in fitted.baselines if b.name == "matrix factorisation fold-in")
+    assert isinstance(fold_in, baselines.InLevels)
+    assert any("Rounded to the labels' levels" in note and fold_in.name in note for note in fitted.notes)
+    plain, rounded = fold_in.baseline.scores(tasks), fold_in.scores(tasks)
+    assert error(rounded, tasks).mean() < error(plain, tasks).mean() - 0.01
+    # What is predicted is a level, up to what keeps the order.
+    assert (np.abs(rounded - rounded.round())[tasks.query_mask] <= 0.011 * np.abs(plain - rounded.round()).max()).all()
+    order = np.argsort(plain[tasks.query_mask])
+    assert (np.diff(rounded[tasks.query_mask][order]) >= 0).all()
+    # A continuous scale has none.
+    assert baselines.levels_of(events_of(training)) is None
+    # And under squared error the mean is better than a level.
+    squared = baselines.fit(
+        events, popularity, [tasks], lambda s, t: metrics.squared_error(s, t.query_labels, t.query_mask), ranks=(1,)
+    )
+    assert not any(isinstance(b, baselines.InLevels) for b in squared.baselines if b.name == fold_in.name)
