@@ -19,7 +19,11 @@ from metatrain.model.tables import Tables
 
 #: Name → import path. One file each.
 META_LEARNERS = {
+    "anil": "metatrain.meta.anil:ANIL",
+    "boil": "metatrain.meta.boil:BOIL",
+    "fomaml": "metatrain.meta.fomaml:FOMAML",
     "maml": "metatrain.meta.maml:MAML",
+    "meta_sgd": "metatrain.meta.meta_sgd:MetaSGD",
     "ridge": "metatrain.meta.ridge:Ridge",
 }
 BASE_LEARNERS = {
