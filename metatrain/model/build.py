@@ -22,8 +22,10 @@ META_LEARNERS = {
     "anil": "metatrain.meta.anil:ANIL",
     "boil": "metatrain.meta.boil:BOIL",
     "fomaml": "metatrain.meta.fomaml:FOMAML",
+    "imaml": "metatrain.meta.imaml:IMAML",
     "maml": "metatrain.meta.maml:MAML",
     "meta_sgd": "metatrain.meta.meta_sgd:MetaSGD",
+    "reptile": "metatrain.meta.reptile:Reptile",
     "ridge": "metatrain.meta.ridge:Ridge",
 }
 BASE_LEARNERS = {
