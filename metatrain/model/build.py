@@ -20,12 +20,18 @@ from metatrain.model.tables import Tables
 
 #: Name → import path. One file each.
 META_LEARNERS = {
+    "anil": "metatrain.meta.anil:ANIL",
+    "boil": "metatrain.meta.boil:BOIL",
+    "fomaml": "metatrain.meta.fomaml:FOMAML",
     "hypernetwork": "metatrain.meta.hypernetwork:Hypernetwork",
+    "imaml": "metatrain.meta.imaml:IMAML",
     "joint": "metatrain.meta.joint:Joint",
     "maml": "metatrain.meta.maml:MAML",
     "mamo": "metatrain.meta.mamo:MAMO",
+    "meta_sgd": "metatrain.meta.meta_sgd:MetaSGD",
     "metaembedding": "metatrain.meta.metaembedding:MetaEmbedding",
     "mwuf": "metatrain.meta.mwuf:MWUF",
+    "reptile": "metatrain.meta.reptile:Reptile",
     "ridge": "metatrain.meta.ridge:Ridge",
     "sequence": "metatrain.meta.sequence:SequenceAttention",
     "tanp": "metatrain.meta.tanp:TaNP",
