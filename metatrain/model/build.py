@@ -19,6 +19,7 @@ from metatrain.model.tables import Tables
 
 #: Name → import path. One file each.
 META_LEARNERS = {
+    "logistic": "metatrain.meta.logistic:Logistic",
     "maml": "metatrain.meta.maml:MAML",
     "ridge": "metatrain.meta.ridge:Ridge",
 }
