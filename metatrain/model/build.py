@@ -21,6 +21,7 @@ from metatrain.model.tables import Tables
 META_LEARNERS = {
     "logistic": "metatrain.meta.logistic:Logistic",
     "maml": "metatrain.meta.maml:MAML",
+    "matching": "metatrain.meta.matching:Matching",
     "ridge": "metatrain.meta.ridge:Ridge",
 }
 BASE_LEARNERS = {
