@@ -22,6 +22,7 @@ META_LEARNERS = {
     "logistic": "metatrain.meta.logistic:Logistic",
     "maml": "metatrain.meta.maml:MAML",
     "matching": "metatrain.meta.matching:Matching",
+    "prototypical": "metatrain.meta.prototypical:Prototypical",
     "ridge": "metatrain.meta.ridge:Ridge",
 }
 BASE_LEARNERS = {
