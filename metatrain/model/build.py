@@ -19,6 +19,7 @@ from metatrain.model.tables import Tables
 
 #: Name → import path. One file each.
 META_LEARNERS = {
+    "kernel": "metatrain.meta.kernel:Kernel",
     "logistic": "metatrain.meta.logistic:Logistic",
     "maml": "metatrain.meta.maml:MAML",
     "matching": "metatrain.meta.matching:Matching",
