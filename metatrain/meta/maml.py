@@ -53,13 +53,10 @@ class MAML(MetaLearner):
         ValueError: A pattern that matches no parameter, or an unknown loss.
     """
 
-<<<<<<< HEAD
     #: Whether each task starts from weights of its own.
     own_start = False
-=======
     #: Whether a subclass' `rates` hold one number a weight, in place of one a parameter tensor a step.
     _rates_a_weight: ClassVar[bool] = False
->>>>>>> w-a
 
     def __init__(
         self,

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from metatrain.meta.engine import FastWeights, Tensors
 from metatrain.meta.episode import Examples
 from metatrain.meta.learner import MetaLearner, representing
+from metatrain.meta.solve import solve
 
 
 class Ridge(MetaLearner):
@@ -97,7 +98,7 @@ def ridge(x: Tensor, y: Tensor) -> Tensor:
     _, events, width = x.shape
     x_TKS = x.transpose(1, 2)
     if events <= width:
-        system = x @ x_TKS + torch.eye(events, dtype=x.dtype, device=x.device)
-        return (x_TKS @ torch.linalg.solve(system, y.unsqueeze(-1))).squeeze(-1)
-    system = x_TKS @ x + torch.eye(width, dtype=x.dtype, device=x.device)
-    return torch.linalg.solve(system, x_TKS @ y.unsqueeze(-1)).squeeze(-1)
+        a_TS = solve(x @ x_TKS + torch.eye(events, dtype=x.dtype, device=x.device), y)
+        return (x_TKS @ a_TS.unsqueeze(-1)).squeeze(-1)
+    right_TK = (x_TKS @ y.unsqueeze(-1)).squeeze(-1)
+    return solve(x_TKS @ x + torch.eye(width, dtype=x.dtype, device=x.device), right_TK)
