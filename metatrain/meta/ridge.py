@@ -29,7 +29,7 @@ class Ridge(MetaLearner):
 
     Args:
         learner: A base learner that represents.
-        loss, huber_delta, memory, precision, adapt_rows: See `MetaLearner`.
+        loss, huber_delta, memory, precision: See `MetaLearner`.
         strength: λ of the weights at the start.
         bias_strength: λ of the bias at the start.
 
@@ -45,13 +45,10 @@ class Ridge(MetaLearner):
         huber_delta: float = 1.0,
         memory: int = 1 << 30,
         precision: torch.dtype | None = None,
-        adapt_rows: tuple[str, ...] = (),
         strength: float = 5.0,
         bias_strength: float = 2.0,
     ) -> None:
-        super().__init__(
-            learner, adapt_rows=adapt_rows, memory=memory, loss=loss, huber_delta=huber_delta, precision=precision
-        )
+        super().__init__(learner, memory=memory, loss=loss, huber_delta=huber_delta, precision=precision)
         if loss == "binary_cross_entropy":
             raise ValueError("a ridge regression is on labels, and under binary cross-entropy scores are logits")
         self._learner = representing(learner, "ridge")
