@@ -139,18 +139,18 @@ def _meta_learner(schema: Schema, config: Config, layout: Layout, learner: nn.Mo
     ]
     built = made(kind, (learner,), settings, meta.options, "meta")
     if config.model.levels:
-        built.link = _link(schema, config, kind)
+        built.link = _link(schema, config, built)
     return built
 
 
-def _link(schema: Schema, config: Config, kind: type[MetaLearner]) -> Staircase:
+def _link(schema: Schema, config: Config, meta: MetaLearner) -> Staircase:
     """The staircase of a recipe that asks for one; ConfigError where it would do nothing or harm."""
     levels, loss = config.model.levels, config.meta.loss
     reason = ""
     if schema.label is not LabelKind.RATING:
         reason = "labels are clicks"
-    elif kind.forward is not MetaLearner.forward:
-        reason = f"{kind.__name__} takes its query loss in its inner loop, of scores alone"
+    elif not meta.links:
+        reason = f"{type(meta).__name__} takes its query loss in its inner loop, of scores alone"
     elif loss == "squared":
         reason = "under squared error the best prediction is a mean, which is no level"
     if not reason:
