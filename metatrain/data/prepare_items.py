@@ -79,7 +79,7 @@ def raw_catalogue(raw: RawLog, config: PrepareConfig, seen: SeenItems) -> tuple[
     if extra and extra not in fields and tables and extra in tables[0].column_names:
         fields[extra] = tables[0].schema.field(extra).type
     schema = pa.schema(list(fields.items()))
-    known = pa.concat_tables([t.select(schema.names).cast(schema) for t in tables]) if tables else schema.empty_table()
+    known = pa.concat_tables([_titled(t).select(schema.names).cast(schema) for t in tables] or [schema.empty_table()])
     keys = known["key"].combine_chunks()
     if len(pc.unique(keys)) != len(keys):
         counts = pc.value_counts(keys)
@@ -96,6 +96,11 @@ def raw_catalogue(raw: RawLog, config: PrepareConfig, seen: SeenItems) -> tuple[
     catalogue = pa.concat_tables([known, rest]).combine_chunks()
     row = pc.index_in(catalogue["key"].combine_chunks(), value_set=seen.keys)
     return catalogue, pc.fill_null(pa.array(seen.first).take(row), _NEVER).to_numpy(zero_copy_only=False), bad
+
+
+def _titled(table: pa.Table) -> pa.Table:
+    """With a column of titles, which a table of items may lack."""
+    return table if "title" in table.column_names else table.append_column("title", pa.nulls(len(table), pa.string()))
 
 
 def item_fingerprints(keys: pa.Array, salt: int) -> pa.Array:

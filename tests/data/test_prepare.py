@@ -178,6 +178,14 @@ def test_statistics_and_vocabularies_know_training_users_alone(tmp_path: Path):
     assert any(99.0 in row["labels"] for row in rows(str(tmp_path / "out-b"), Split.TEST).values())
 
 
+def test_a_table_of_items_needs_no_titles(tmp_path: Path):
+    log = Log(tmp_path / "log")
+    log.items = [{name: value for name, value in item.items() if name != "title"} for item in log.items]
+    prepare(log.config(), str(tmp_path / "out"), progress=False)
+    catalogue = pq.read_table(tmp_path / "out" / "catalogue.parquet")
+    assert catalogue["title"].null_count == len(catalogue) == 12
+
+
 def test_users_that_a_given_split_does_not_name_are_counted(tmp_path: Path):
     log = Log(tmp_path / "log")
     gone = [log.split.popitem()[0] for _ in range(4)]

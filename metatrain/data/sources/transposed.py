@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import pyarrow as pa
-
 from metatrain.data.sources.rawlog import Chunk, RawLog, Rows
 
 _COLUMNS = {"key": "item", "item": "key"}
@@ -30,26 +28,12 @@ class TransposedEvents:
             yield Rows(table.rename_columns([_COLUMNS.get(name, name) for name in table.column_names]), bad)
 
 
-@dataclass(frozen=True)
-class Untitled:
-    """A table of users as one of items: without titles."""
-
-    chunk: Chunk
-
-    def read(self) -> Iterator[Rows]:
-        """Yields the rows."""
-        for table, bad in self.chunk.read():
-            if "title" not in table.column_names:
-                table = table.append_column("title", pa.nulls(table.num_rows, pa.string()))
-            yield Rows(table, bad)
-
-
 def transposed(raw: RawLog) -> RawLog:
     """The same log with items as tasks."""
     return replace(
         raw,
         events=[TransposedEvents(chunk) for chunk in raw.events],
         tasks=raw.items,
-        items=None if raw.tasks is None else [Untitled(chunk) for chunk in raw.tasks],
+        items=raw.tasks,
         features=tuple(f.model_copy(update={"level": _LEVELS.get(f.level, f.level)}) for f in raw.features),
     )
