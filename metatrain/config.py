@@ -282,11 +282,13 @@ class ModelConfig(Section):
 
 
 class MetaConfig(Section):
-    """The meta-learner: model-agnostic meta-learning (Finn et al. 2017), first or second order."""
+    """The meta-learner. Each names the settings that it has; one that it doesn't have may not be changed."""
 
     algorithm: str = "maml"
-    """Meta-learner: maml, or the import path of a class of your own, `package.module:Class` or
-    `path/to/file.py:Class` (see docs/adding-a-meta-learner.md)."""
+    """Meta-learner. By gradient steps: maml, fomaml, anil, boil, meta_sgd, imaml, reptile, mamo; in closed form: ridge,
+    logistic; by likeness to the support: matching, prototypical, kernel, sequence; by a network over the support: tanp,
+    hypernetwork; from a task's own features: metaembedding, mwuf; none, to compare with: joint. Or the import path of a
+    class of your own, `package.module:Class` or `path/to/file.py:Class` (see docs/adding-a-meta-learner.md)."""
     options: dict[str, Option] = {}
     """Settings that this meta-learner alone has, by the names of its constructor's arguments."""
     order: Literal[1, 2] = 2

@@ -1,7 +1,7 @@
 """Recipes: `extends`, unknown keys, unusable values, and the way there and back through YAML."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metatrain.config import Config, load_config, to_yaml, validated
@@ -83,6 +83,7 @@ def test_a_missing_file_and_broken_yaml_are_config_errors(tmp_path):
         load_config(write(tmp_path, "list.yaml", "- 1"))
 
 
+@settings(deadline=None)  # its time is the machine's
 @given(
     epochs=st.integers(1, 10**6),
     rate=st.floats(1e-12, 1e3),

@@ -60,7 +60,8 @@ class Engine(Protocol):
             parameters: All parameters and buffers of the base learner.
             adapted: Names of those that adapt.
             rates: One entry a step: the rate (a scalar tensor) of each adapted parameter and, under `rows:NAME`, of
-                each adapted feature.
+                each adapted feature. `VmapEngine` also takes a rate a weight, of the parameter's shape, and for rows
+                a rate a column, [D].
             support: Support of T tasks; a task without any event keeps the shared parameters.
             rows: Adapted feature → initial rows [T, R, D].
         """
@@ -91,9 +92,7 @@ class VmapEngine:
         self, learner: nn.Module, loss: EventLoss, order: int = 2, precision: torch.dtype | None = None
     ) -> None:
         self._learner, self._loss, self._order, self._precision = learner, loss, order, precision
-        # Those whose second derivative torch.func gets wrong where the gain is a task's own (seen in torch 2.13).
-        fused = [n for n, m in learner.named_modules() if type(m) is nn.LayerNorm and m.elementwise_affine]
-        self._fused_gains = {f"{name}.weight".lstrip(".") for name in fused} if order == 2 else set()
+        self._fused_gains = fused_gains(learner) if order == 2 else set()
 
     def adapt(
         self,
@@ -239,6 +238,12 @@ class _Recomputed(torch.autograd.Function):
             else [None] * len(wanted)
         )
         return None, *(next(found) if leaf.requires_grad else None for leaf in leaves)
+
+
+def fused_gains(learner: nn.Module) -> set[str]:
+    """Gains whose second derivative torch.func gets wrong where they are a task's own (seen in torch 2.13)."""
+    fused = [n for n, m in learner.named_modules() if type(m) is nn.LayerNorm and m.elementwise_affine]
+    return {f"{name}.weight".lstrip(".") for name in fused}
 
 
 def _a_copy_each(parameter: Tensor, tasks: int) -> Tensor:

@@ -154,6 +154,11 @@ class MetaLearner(nn.Module):
         """Adapts with one of `candidates` from now on."""
         raise NotImplementedError(f"{type(self).__name__}.choose")
 
+    @property
+    def links(self) -> bool:
+        """Whether the query loss is of `predictions`, so that a link may stand between scores and these."""
+        return type(self).forward is MetaLearner.forward
+
     def curves(self) -> dict[str, float]:
         """What of the method is worth a curve: tag → value now."""
         return {}

@@ -45,9 +45,11 @@ class ChoosingEngine:
         chunk: Most tasks whose intermediate results are held at a time; 0: no bound but `memory`.
         memory: Bytes that the low-rank engine may hold at a time; of vmap the caller takes care.
         engine: "auto", or one of the two always.
+        rates_a_weight: Whether rates are tensors of their parameters' shapes, in place of scalars.
 
     Raises:
-        CannotServe: "low_rank" was asked for, and the learner has no linear form, or a precision is given.
+        CannotServe: "low_rank" was asked for, and the learner has no linear form, or a precision is given, or rates
+            are a weight's own.
     """
 
     def __init__(
@@ -60,6 +62,8 @@ class ChoosingEngine:
         chunk: int = 0,
         memory: int = 1 << 30,
         engine: EngineName = "auto",
+        *,
+        rates_a_weight: bool = False,
     ) -> None:
         self._learner, self._asked, self._order, self._huber_delta = learner, engine, order, huber_delta
         self._vmap = VmapEngine(learner, event_loss(loss, huber_delta), order, precision)
@@ -73,11 +77,16 @@ class ChoosingEngine:
             self._refusal = f"vmap: the low-rank form can't serve: {reason}"
             if engine == "low_rank":
                 raise
+        others = []
         if precision is not None:
-            reason = CannotServe(f"its products would run in {str(precision).removeprefix('torch.')}")
+            others.append(f"its products would run in {str(precision).removeprefix('torch.')}")
+        if rates_a_weight:
+            # Scaled weight by weight, δᵀ z is of full rank.
+            others.append("every weight has a rate of its own; take engine auto or vmap")
+        for reason in others:
             self._refusal = self._refusal or f"vmap: the low-rank form can't serve: {reason}"
             if engine == "low_rank":
-                raise reason
+                raise CannotServe(reason)
         if engine == "vmap":
             self._refusal = "vmap: it was asked for"
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,8 @@ class MAML(MetaLearner):
 
     #: Whether each task starts from weights of its own.
     own_start = False
+    #: Whether a subclass' `rates` hold one number a weight, in place of one a parameter tensor a step.
+    _rates_a_weight: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -87,7 +89,17 @@ class MAML(MetaLearner):
         self._keep: int | Literal["auto"] = keep
         self.adapted = matching_parameters(learner, adapt)
         self._order = order
-        self._engine = ChoosingEngine(learner, inner_loss or loss, order, huber_delta, precision, chunk, memory, engine)
+        self._engine = ChoosingEngine(
+            learner,
+            inner_loss or loss,
+            order,
+            huber_delta,
+            precision,
+            chunk,
+            memory,
+            engine,
+            rates_a_weight=self._rates_a_weight,
+        )
         self._logged: set[str] = set()
         self._seconds: dict[tuple[int, int, int, int], float] = {}  # counted once: see `buckets`
         #: What the columns of `rates` belong to.
@@ -114,7 +126,7 @@ class MAML(MetaLearner):
 
     def forward(self, episodes: Episodes) -> QueryLoss:
         """The sum of the tasks' query losses after adaptation, and each before and after."""
-        if self._engine.fuses(self.adapted, self.steps, episodes):
+        if self._fuses(episodes):
             return self._query_loss(self._parameters_and_buffers(), self.rates, episodes, 0)
         plan = self.plan(Sizes.of(episodes.support, episodes.query, episodes.rows))
         if plan.reason not in self._logged and (plan.chunk < episodes.size or plan.keep):
@@ -158,10 +170,17 @@ class MAML(MetaLearner):
             rows = {name: (support + query, width) for name, width in row_widths.items()}
             key = (tasks, support, query, inputs)
             if key not in self._seconds:
-                self._seconds[key] = self._engine.seconds(self.adapted, self.steps, Sizes(*key, rows))
+                self._seconds[key] = self._counted_seconds(Sizes(*key, rows))
             return self._seconds[key]
 
         return cut(support, query, seconds)
+
+    def _counted_seconds(self, sizes: Sizes) -> float:
+        return self._engine.seconds(self.adapted, self.steps, sizes)
+
+    def _fuses(self, episodes: Episodes) -> bool:
+        """Whether `_query_loss` bounds its memory itself, whatever the number of tasks."""
+        return self._engine.fuses(self.adapted, self.steps, episodes)
 
     def _query_loss(self, parameters: Tensors, rates: Tensor, episodes: Episodes, keep: int) -> QueryLoss:
         steps = self._step_rates(rates)
@@ -239,6 +258,25 @@ class _ChunkedLoss(torch.autograd.Function):
         scaled = [None if gradient is None else gradient * by_total for gradient in ctx.gradients]
         ctx.gradients = None
         return None, None, None, *scaled
+
+
+def head_of(learner: nn.Module, method: str) -> tuple[str, ...]:
+    """Names of the parameters that the base learner says are its head, in its order.
+
+    Args:
+        learner: With `head_parameters`, patterns over its parameter names.
+        method: Who asks, for the message.
+
+    Raises:
+        ValueError: The base learner doesn't say.
+    """
+    patterns = getattr(learner, "head_parameters", None)
+    if not patterns:
+        raise ValueError(
+            f"{method} tells the head from the rest, and {type(learner).__name__} doesn't say which parameters are its "
+            "head: give it `head_parameters`, patterns over their names, or choose another base learner"
+        )
+    return matching_parameters(learner, patterns)
 
 
 def matching_parameters(learner: nn.Module, patterns: Iterable[str]) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from metatrain.meta.engine import FastWeights, Tensors
 from metatrain.meta.episode import Examples
 from metatrain.meta.learner import MetaLearner, representing
+from metatrain.meta.solve import solve
 
 
 class Ridge(MetaLearner):
@@ -28,7 +29,7 @@ class Ridge(MetaLearner):
 
     Args:
         learner: A base learner that represents.
-        loss, huber_delta, memory, precision, adapt_rows: See `MetaLearner`.
+        loss, huber_delta, memory, precision: See `MetaLearner`.
         strength: λ of the weights at the start.
         bias_strength: λ of the bias at the start.
 
@@ -44,13 +45,10 @@ class Ridge(MetaLearner):
         huber_delta: float = 1.0,
         memory: int = 1 << 30,
         precision: torch.dtype | None = None,
-        adapt_rows: tuple[str, ...] = (),
         strength: float = 5.0,
         bias_strength: float = 2.0,
     ) -> None:
-        super().__init__(
-            learner, adapt_rows=adapt_rows, memory=memory, loss=loss, huber_delta=huber_delta, precision=precision
-        )
+        super().__init__(learner, memory=memory, loss=loss, huber_delta=huber_delta, precision=precision)
         if loss == "binary_cross_entropy":
             raise ValueError("a ridge regression is on labels, and under binary cross-entropy scores are logits")
         self._learner = representing(learner, "ridge")
@@ -97,7 +95,7 @@ def ridge(x: Tensor, y: Tensor) -> Tensor:
     _, events, width = x.shape
     x_TKS = x.transpose(1, 2)
     if events <= width:
-        system = x @ x_TKS + torch.eye(events, dtype=x.dtype, device=x.device)
-        return (x_TKS @ torch.linalg.solve(system, y.unsqueeze(-1))).squeeze(-1)
-    system = x_TKS @ x + torch.eye(width, dtype=x.dtype, device=x.device)
-    return torch.linalg.solve(system, x_TKS @ y.unsqueeze(-1)).squeeze(-1)
+        a_TS = solve(x @ x_TKS + torch.eye(events, dtype=x.dtype, device=x.device), y)
+        return (x_TKS @ a_TS.unsqueeze(-1)).squeeze(-1)
+    right_TK = (x_TKS @ y.unsqueeze(-1)).squeeze(-1)
+    return solve(x_TKS @ x + torch.eye(width, dtype=x.dtype, device=x.device), right_TK)

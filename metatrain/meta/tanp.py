@@ -155,6 +155,11 @@ class TaNP(MetaLearner):
             before = self.task_losses(base, query)
         return QueryLoss(losses.sum() + self.untouched(), after, before)
 
+    @property
+    def links(self) -> bool:
+        """See `MetaLearner.links`: not where the loss is of a sample."""
+        return self.gaussian is None
+
     def curves(self) -> dict[str, float]:
         """κ."""
         return {"meta/shrinkage": float(self.log_shrinkage.detach().exp())}

@@ -20,12 +20,22 @@ from metatrain.model.tables import Tables
 
 #: Name → import path. One file each.
 META_LEARNERS = {
+    "anil": "metatrain.meta.anil:ANIL",
+    "boil": "metatrain.meta.boil:BOIL",
+    "fomaml": "metatrain.meta.fomaml:FOMAML",
     "hypernetwork": "metatrain.meta.hypernetwork:Hypernetwork",
+    "imaml": "metatrain.meta.imaml:IMAML",
     "joint": "metatrain.meta.joint:Joint",
+    "kernel": "metatrain.meta.kernel:Kernel",
+    "logistic": "metatrain.meta.logistic:Logistic",
     "maml": "metatrain.meta.maml:MAML",
     "mamo": "metatrain.meta.mamo:MAMO",
+    "matching": "metatrain.meta.matching:Matching",
+    "meta_sgd": "metatrain.meta.meta_sgd:MetaSGD",
     "metaembedding": "metatrain.meta.metaembedding:MetaEmbedding",
     "mwuf": "metatrain.meta.mwuf:MWUF",
+    "prototypical": "metatrain.meta.prototypical:Prototypical",
+    "reptile": "metatrain.meta.reptile:Reptile",
     "ridge": "metatrain.meta.ridge:Ridge",
     "sequence": "metatrain.meta.sequence:SequenceAttention",
     "tanp": "metatrain.meta.tanp:TaNP",
@@ -129,18 +139,18 @@ def _meta_learner(schema: Schema, config: Config, layout: Layout, learner: nn.Mo
     ]
     built = made(kind, (learner,), settings, meta.options, "meta")
     if config.model.levels:
-        built.link = _link(schema, config, kind)
+        built.link = _link(schema, config, built)
     return built
 
 
-def _link(schema: Schema, config: Config, kind: type[MetaLearner]) -> Staircase:
+def _link(schema: Schema, config: Config, meta: MetaLearner) -> Staircase:
     """The staircase of a recipe that asks for one; ConfigError where it would do nothing or harm."""
     levels, loss = config.model.levels, config.meta.loss
     reason = ""
     if schema.label is not LabelKind.RATING:
         reason = "labels are clicks"
-    elif kind.forward is not MetaLearner.forward:
-        reason = f"{kind.__name__} takes its query loss in its inner loop, of scores alone"
+    elif not meta.links:
+        reason = f"{type(meta).__name__} takes its query loss in its inner loop, of scores alone"
     elif loss == "squared":
         reason = "under squared error the best prediction is a mean, which is no level"
     if not reason:

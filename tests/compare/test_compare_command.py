@@ -37,7 +37,7 @@ def board(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "joint": {"meta": {"algorithm": "joint"}},
         },
     }
-    (folder / "board.yaml").write_text(yaml.safe_dump(content))
+    (folder / "board.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     return folder / "board.yaml"
 
 

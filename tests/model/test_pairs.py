@@ -38,6 +38,7 @@ SETTINGS = {
 
 #: (meta-learner, base learner, setting) that make no sense together → what the refusal says; "*" is any.
 REFUSED = {
+    ("logistic", "*", "ratings"): "binary_cross_entropy",
     ("mamo", "*", "rows"): "there is none that does not adapt",
     ("ridge", "*", "clicks"): "under binary cross-entropy scores are logits",
 }

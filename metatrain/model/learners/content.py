@@ -36,6 +36,9 @@ class ContentBased(nn.Module):
         ValueError: Items have no features but their id, or the width is no width.
     """
 
+    #: What a method that tells the head from the rest takes for the head: patterns over the parameters' names.
+    head_parameters = ("user.vector", "user.bias")
+
     offset: Tensor
     content_columns: Tensor
     task_columns: Tensor

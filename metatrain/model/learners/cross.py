@@ -45,6 +45,9 @@ class DeepCross(nn.Module):
         ValueError: No cross layer, an unknown structure, or a rank that isn't less than the input's width.
     """
 
+    #: What a method that tells the head from the rest takes for the head: patterns over the parameters' names.
+    head_parameters = ("head.*",)
+
     offset: Tensor
 
     def __init__(

@@ -69,6 +69,8 @@ class DeepFM(nn.Module):
         self.linear = head(inputs)
         self.deep = Hidden(len(widths) * width, hidden, activation) if hidden else None
         self.head = head(self.deep.width) if self.deep is not None else None
+        #: What a method that tells the head from the rest takes for the head: patterns over the parameters' names.
+        self.head_parameters = ("linear.*",) if self.head is None else ("linear.*", "head.*")
         self._width = width
         #: F + K, and the width of the last hidden layer.
         self.represented = inputs + width + (self.deep.width if self.deep is not None else 0)

@@ -41,6 +41,8 @@ class Factorisation(nn.Module):
     id_columns: Tensor
     content_columns: Tensor
     task_columns: Tensor
+    #: What a user is known by: the head over the items' vectors.
+    head_parameters = ("taste", "bias")
 
     def __init__(
         self,

@@ -51,6 +51,9 @@ class Hybrid(nn.Module):
         ValueError: There is no item id or no content to mix, or α is not between 0 and 1.
     """
 
+    #: What a method that tells the head from the rest takes for the head: patterns over the parameters' names.
+    head_parameters = ("collaborative.vector", "collaborative.bias", "content.user.vector", "content.user.bias")
+
     offset: Tensor
     id_columns: Tensor
     task_columns: Tensor

@@ -61,6 +61,8 @@ class MLP(nn.Module):
     """
 
     offset: Tensor
+    #: Patterns of the parameters that make scores of what the rest represents.
+    head_parameters = ("head.*",)
 
     def __init__(
         self,
