@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import re
 from pathlib import Path
 from types import ModuleType
@@ -12,9 +13,27 @@ import torch
 import yaml
 
 from metatrain.config import validated
+from metatrain.errors import ConfigError
 from metatrain.meta.episode import Episodes, Examples
+from metatrain.meta.learner import MetaLearner
+from metatrain.model.build import META_LEARNERS, build_model
+from metatrain.model.construct import named
+from tests.model.test_pairs import CLICKS, RATINGS
+from tests.pages import ROOT, blocks, example_meta_learner
 
-ROOT = Path(__file__).parents[1]
+#: A base learner without any of what some methods need.
+PLAIN = """
+from torch import nn
+
+class Plain(nn.Module):
+    def __init__(self, inputs):
+        super().__init__()
+        self.linear = nn.Linear(inputs, 1)
+
+    def forward(self, x):
+        return self.linear(x).squeeze(-1)
+"""
+
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -25,10 +44,6 @@ def load(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
 def test_configuration_reference_is_up_to_date():
@@ -58,9 +73,53 @@ def test_links_lead_to_files(page: Path):
     assert [t for t in targets if not (page.parent / t).exists()] == []
 
 
+def methods() -> dict[str, list[str]]:
+    """The rows of docs/meta-learners.md: name → its other cells."""
+    lines = (ROOT / "docs" / "meta-learners.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| [")]
+    found = {re.findall(r"`(\w+)`", row[0])[0]: row[1:] for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+def refusal(name: str, click: bool = False, learner: str = "factorisation", features=None, **meta: object) -> str:
+    """Why a model with this meta-learner can't be made; empty where it can."""
+    loss = "binary_cross_entropy" if click else "squared"
+    model = {"learner": learner, "features": features}
+    config = validated({"meta": {"algorithm": name, "loss": loss, **meta}, "model": model}, where="x")
+    try:
+        build_model(CLICKS if click else RATINGS, config)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_every_meta_learner_has_a_row():
+    assert methods().keys() == META_LEARNERS.keys()
+
+
+@pytest.mark.parametrize("name", META_LEARNERS)
+def test_a_row_says_what_the_constructor_says(name: str, tmp_path: Path):
+    *_, labels, needs, options = methods()[name]
+    kind = named(name, META_LEARNERS, MetaLearner, "meta.algorithm")
+    # The names of a method's own options are those that it offers to one who misspells them.
+    [own] = re.findall(r"It has: ([\w, ]+)\.", refusal(name, options={"_": 1}))
+    defaults = inspect.signature(kind).parameters
+    expected = {} if own == "none" else {n: defaults[n].default for n in own.split(", ")}
+    written = yaml.safe_load(f"{{{', '.join(re.findall(r'`(.*?)`', options))}}}")
+    assert written == {n: list(v) if isinstance(v, tuple) else v for n, v in expected.items()}
+    assert labels == ", ".join(
+        word for word, click in (("ratings", False), ("clicks", True)) if not refusal(name, click)
+    )
+    (tmp_path / "plain.py").write_text(PLAIN)
+    why = refusal(name, labels == "clicks", f"{tmp_path}/plain.py:Plain")
+    assert needs.split(",")[0] == next((f"`{n}`" for n in ("represent", "head_parameters") if f"`{n}`" in why), "any")
+    without = refusal(name, labels == "clicks", features=["item", "year"])
+    assert bool(without) == ("features of the task" in needs), without
+
+
 def test_example_meta_learner_adapts(tmp_path: Path):
-    [source] = blocks(ROOT / "docs" / "adding-a-meta-learner.md", "python")
-    (tmp_path / "shrunk_bias.py").write_text(source)
+    (tmp_path / "shrunk_bias.py").write_text(example_meta_learner())
     learner = torch.nn.Sequential(torch.nn.Linear(3, 1), torch.nn.Flatten(-2))
     meta = load(tmp_path / "shrunk_bias.py").ShrunkBias(learner)
     assert meta.curves() == {"meta/shrinkage": pytest.approx(1.0)}

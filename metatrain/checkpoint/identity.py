@@ -9,12 +9,14 @@ from typing import Any
 
 from metatrain.config import Config
 from metatrain.errors import CheckpointError
+from metatrain.model.construct import placeless_name
 
 
 def identity(config: Config, dataset_fingerprint: str) -> dict[str, Any]:
     """The part of a configuration that a resumed run may not change, flat, by field name.
 
-    Workers, readers, paths and the times of checkpoints may change; epochs may where no rate depends on them.
+    Workers, readers, paths and the times of checkpoints may change; epochs may where no rate depends on them. A learner
+    in a file of the user's is known by the names of file and class, wherever the file lies.
     """
     whole = config.model_dump(mode="json")
     parts: dict[str, Any] = {
@@ -27,6 +29,8 @@ def identity(config: Config, dataset_fingerprint: str) -> dict[str, Any]:
     }
     if config.train.optimizer.schedule != "constant":
         parts["train"] |= {"epochs": config.train.epochs, "max_steps": config.train.max_steps}
+    parts["model"]["learner"] = placeless_name(config.model.learner)
+    parts["meta"]["algorithm"] = placeless_name(config.meta.algorithm)
     return _flat(parts, "")
 
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
+from metatrain import storage
 from metatrain.errors import ConfigError
 
 
@@ -64,6 +65,24 @@ def named(name: str, known: Mapping[str, str], base: type, where: str) -> type[A
             remedy="Check the name behind the colon, and what the class is derived from.",
         )
     return found
+
+
+def absolute_name(name: str) -> str:
+    """The same name with the absolute path of its file, where it names one: a Ray worker has another working folder."""
+    file, class_name = _file_of(name)
+    return f"{storage.absolute(file)}:{class_name}" if file else name
+
+
+def placeless_name(name: str) -> str:
+    """The same name without the folder of its file, where it names one: what it is, wherever it lies."""
+    file, class_name = _file_of(name)
+    return f"{Path(file).name}:{class_name}" if file else name
+
+
+def _file_of(name: str) -> tuple[str, str]:
+    """The file and the class that a name means; no file where it is one of ours or of a module."""
+    file, _, class_name = name.rpartition(":")
+    return (file, class_name) if file.endswith(".py") else ("", name)
 
 
 def made(
@@ -141,7 +160,8 @@ def _module(name: str, where: str) -> Any:
             f"{name} cannot be imported: {type(error).__name__}: {error}",
             where=where,
             got=name,
-            remedy="Check the path; a module must be found from PYTHONPATH on every machine, a file be there on it.",
+            remedy="Check the path (a trained run's is in its config.yaml); a module must be found from PYTHONPATH on "
+            "every machine, a file be there on it.",
         ) from error
 
 

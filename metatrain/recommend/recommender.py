@@ -89,9 +89,10 @@ class Recommender:
         # without a word.
         if storage.exists(file := storage.join(run_url, "config.yaml")):
             described[file] = load_config(file)
-        for where, config in described.items():
-            check_scoring(loaded.marker.identity, identity(config, opened.fingerprint), where)
-        model = build_model(opened.schema, loaded.config, torch.device(device))
+        for where, one in described.items():
+            check_scoring(loaded.marker.identity, identity(one, opened.fingerprint), where)
+        config = _placed_as(loaded.config, described.get(file, loaded.config))
+        model = build_model(opened.schema, config, torch.device(device))
         try:
             model.load_state_dict(loaded.state)
         except RuntimeError as error:
@@ -101,7 +102,7 @@ class Recommender:
                 got=str(error).replace("\n", " ")[:500],
                 remedy="Use the release that wrote it, or train again.",
             ) from error
-        return cls(model, opened, loaded.config, run_url=run_url, step=loaded.step)
+        return cls(model, opened, config, run_url=run_url, step=loaded.step)
 
     @property
     def support_max(self) -> int:
@@ -166,3 +167,16 @@ class Recommender:
         if self.config.meta.loss != "binary_cross_entropy":
             return column
         return 1.0 / (1.0 + np.exp(-np.clip(column, -700, 700)))
+
+
+def _placed_as(config: Config, now: Config) -> Config:
+    """A configuration whose learners' files lie where those of `now` do: `check_scoring` found their names equal.
+
+    For a run whose files were moved since: its config.yaml says where to.
+    """
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"learner": now.model.learner}),
+            "meta": config.meta.model_copy(update={"algorithm": now.meta.algorithm}),
+        }
+    )

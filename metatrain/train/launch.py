@@ -26,6 +26,7 @@ from metatrain.data.dataset import TaskDataset
 from metatrain.data.manifest import Split
 from metatrain.errors import ConfigError, MetatrainError, TrainingError
 from metatrain.model.build import build_model
+from metatrain.model.construct import absolute_name
 from metatrain.observe.progress import TrainingProgress
 from metatrain.train.early_stopping import Patience
 from metatrain.train.session import ray_session
@@ -65,6 +66,8 @@ def located(config: Config) -> Config:
         update={
             "run": config.run.model_copy(update={"storage": storage.absolute(config.run.storage)}),
             "data": config.data.model_copy(update={"dataset": storage.absolute(config.data.dataset)}),
+            "model": config.model.model_copy(update={"learner": absolute_name(config.model.learner)}),
+            "meta": config.meta.model_copy(update={"algorithm": absolute_name(config.meta.algorithm)}),
         }
     )
 

@@ -1,7 +1,4 @@
-"""The meta-gradient equals the float64 reference, at 1 and 2 ranks, whatever engine settings and sharding.
-
-The tables' gradient is read off their fused update: with SGD, rows after - rows before = -rate × gradient.
-"""
+"""The meta-gradient equals the float64 reference, at 1 and 2 ranks, whatever engine settings and sharding."""
 
 from __future__ import annotations
 
@@ -12,22 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gradients import TABLE_OPTIMIZER, TOLERANCE, assert_equal_gradients, sharded_gradients, share
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from meta_reference import Reference, made_up_batch, part_of, schema
 from ranks import run_ranks
-from torch.distributed.tensor import DTensor
 
 from metatrain.config import Config
 from metatrain.data.batch import TaskBatch
 from metatrain.data.schema import LabelKind
 from metatrain.model.build import build_model
 from metatrain.model.metamodel import MetaModel
-from metatrain.model.sharding import distribute
 
-TOLERANCE = 1e-5
-# A power of two, so large that the float32 rounding of the updated row does not hide the gradient.
-TABLE_RATE = 1024.0
 ROWS = ("item", "genres", "likes", "hour")
 LOSSES = ("squared", "absolute", "huber", "binary_cross_entropy")
 
@@ -73,7 +66,7 @@ class Setting:
                     "rate": 0.05,
                 },
                 "train": {
-                    "optimizer": {"table": "sgd", "table_rate": TABLE_RATE, "table_decay": self.decay},
+                    "optimizer": {**TABLE_OPTIMIZER, "table_decay": self.decay},
                     "seed": 3,
                 },
             }
@@ -128,27 +121,10 @@ def gradients_on_rank(rank: int, world_size: int, points: list[Setting]) -> list
     """Each setting's gradients, as the training step makes them."""
     found = []
     for number, setting in enumerate(points):
-        distributed = distribute(model_of(setting, "meta"), setting.config.train.optimizer)
-        whole = setting.batch()
-        # Uneven shares; in every third setting the last rank has no task at all.
-        edge = whole.size if number % 3 == 2 else 4
-        mine = range(whole.size) if world_size == 1 else (range(edge), range(edge, whole.size))[rank]
-        before = tables_of(distributed.state_dict())
-        output = distributed.module(part_of(whole, mine).tensors(), 0, float(whole.size), world_size)
-        output.loss.backward()
-        after = tables_of(distributed.state_dict())
-        gradients = {name: p.grad for name, p in distributed.dense_parameters().items()}
-        gradients |= {name: (before[name].double() - after[name].double()) / TABLE_RATE for name in before}
-        found.append({"gradients": gradients, "before": output.before, "after": output.after, "gains": output.gains})
+        whole, optimizer = setting.batch(), setting.config.train.optimizer
+        mine = share(whole.size, number, rank, world_size)
+        found.append(sharded_gradients(model_of(setting, "meta"), optimizer, whole, mine, world_size))
     return found
-
-
-def tables_of(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {
-        name: value.full_tensor().clone()
-        for name, value in state.items()
-        if isinstance(value, DTensor) and not name.startswith("table_optimizer.")
-    }
 
 
 @functools.cache
@@ -169,15 +145,6 @@ def reference_of(setting: Setting, tasks: int = 6, seed: int = 5) -> tuple[dict[
     reference.outer_loss(batch).backward()
     before, after = (float(torch.stack(losses).detach().sum()) for losses in reference.task_losses(batch))
     return {n: torch.zeros_like(v) if v.grad is None else v.grad for n, v in values.items()}, before, after
-
-
-def assert_equal_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    # A few units in the last place of the whole gradient: what is left where a tensor's parts nearly cancel.
-    rounding = 3e-7 * float(torch.stack([g.norm() for g in expected.values()]).norm())
-    for name, reference in expected.items():
-        error = float((found[name].double() - reference).norm())
-        assert error <= TOLERANCE * float(reference.norm()) + rounding, f"{name}: {error} of {float(reference.norm())}"
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1rank", "2ranks"])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from metatrain.checkpoint.identity import identity
 from metatrain.config import Config, validated
 from metatrain.data.schema import Feature, Kind, LabelKind, Level, Schema
 from metatrain.errors import ConfigError
@@ -16,6 +17,7 @@ from metatrain.meta.metaembedding import MetaEmbedding
 from metatrain.meta.mwuf import MWUF
 from metatrain.meta.ridge import Ridge
 from metatrain.model.build import build_model
+from metatrain.train.launch import located
 
 SCHEMA = Schema(
     features=(
@@ -87,6 +89,20 @@ def test_one_of_the_users_is_found_by_its_import_path(by: str, tmp_path: Path, m
     # The same file is the same class, however often it is named.
     assert type(built(meta={"algorithm": path})) is type(meta)
     assert sys.modules[type(meta).__module__].Halved is type(meta)
+
+
+def test_a_file_is_the_same_learner_wherever_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    here = config(meta={"algorithm": "own.py:Halved"}, model={"learner": "parts/base.py:Base"})
+    there = located(here)
+    assert there.meta.algorithm == f"{tmp_path}/own.py:Halved"
+    assert there.model.learner == f"{tmp_path}/parts/base.py:Base"
+    assert identity(here, "x") == identity(there, "x")
+    other = config(meta={"algorithm": "own.py:Other"}, model={"learner": "parts/base.py:Base"})
+    assert identity(other, "x") != identity(here, "x")
+    # Names and modules stay as they are.
+    named = config(meta={"algorithm": "package.module:Class"})
+    assert (located(named).meta, located(named).model) == (named.meta, named.model)
 
 
 def test_an_adapted_feature_comes_last():
