@@ -11,10 +11,10 @@ How it goes through the one backward that trains tables and parameters alike, an
   value plus a term s - stop(s), which is 0.
 - What adapts gets Σ over tasks of (θ - φ)/α, adapted embedding rows too. What doesn't adapt has no φ: other parameters
   and the inputs, which are embeddings, get the first-order gradient of a loss at φ.
-- The paper knows no query: a task's steps see all its data. So they do with `on: all`, in training alone, and the loss
-  at φ is that of all the task's events. With `on: support` steps see the support, and the loss at φ is the query's,
-  which what doesn't adapt then learns to generalise by (as in FOMAML); what adapts never sees the query.
-- In use a task adapts on its support, whatever `on` is. So does the loss that is reported: with `on: all` the inner
+- The paper knows no query: a task's steps see all its data. So they do with `sees: all`, in training alone, and the
+  loss at φ is that of all the task's events. With `sees: support` steps see the support, and the loss at φ is the
+  query's, which what doesn't adapt then learns to generalise by (as in FOMAML); what adapts never sees the query.
+- In use a task adapts on its support, whatever `sees` is. So does the loss that is reported: with `sees: all` the inner
   loop runs twice, or the curve would be that of events already seen.
 - Every step is on all of the task's events; the paper draws minibatches. The paper's analysis, that (θ - φ)/α also has
   the term by which MAML's gradient exceeds that of joint training, holds of either; with one step it is joint training.
@@ -45,10 +45,10 @@ class Reptile(MAML):
     Args:
         learner, steps, adapt, adapt_rows, chunk, memory, loss, inner_loss, huber_delta, precision, engine: See `MAML`.
         rate: The inner rate α, also what the pull is divided by.
-        on: What a task's steps see in training: all its events, or its support.
+        sees: What a task's steps see in training: all its events, or its support.
 
     Raises:
-        ValueError: No steps, an `on` that is unknown, a rate that isn't positive; or see `MAML`.
+        ValueError: No steps, a `sees` that is unknown, a rate that isn't positive; or see `MAML`.
     """
 
     def __init__(
@@ -66,14 +66,14 @@ class Reptile(MAML):
         huber_delta: float = 1.0,
         precision: torch.dtype | None = None,
         engine: EngineName = "auto",
-        on: Literal["support", "all"] = "all",
+        sees: Literal["support", "all"] = "all",
     ) -> None:
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}: nothing is learned but from where they lead")
         if not rate > 0:
             raise ValueError(f"rate must be above 0, got {rate}: the way that steps took is divided by it")
-        if on not in ("support", "all"):
-            raise ValueError(f"unknown on {on!r}: support, all")
+        if sees not in ("support", "all"):
+            raise ValueError(f"unknown sees {sees!r}: support, all")
         super().__init__(
             learner,
             order=1,
@@ -92,7 +92,7 @@ class Reptile(MAML):
         )
         if not self.rate_names:
             raise ValueError("nothing adapts, so nothing is pulled: name parameters in adapt, or adapt_rows")
-        self.on = on
+        self.sees = sees
 
     def plan(self, sizes: Sizes) -> Plan:
         """See `MAML.plan`."""
@@ -100,10 +100,10 @@ class Reptile(MAML):
 
     def _counted_seconds(self, sizes: Sizes) -> float:
         at_all = self._engine.seconds(self.adapted, self.steps, sizes._replace(support=self._seen(sizes)))
-        return at_all + (self._engine.seconds(self.adapted, self.steps, sizes) if self.on == "all" else 0.0)
+        return at_all + (self._engine.seconds(self.adapted, self.steps, sizes) if self.sees == "all" else 0.0)
 
     def _seen(self, sizes: Sizes) -> int:
-        return sizes.support + (sizes.query if self.on == "all" else 0)
+        return sizes.support + (sizes.query if self.sees == "all" else 0)
 
     def _fuses(self, episodes: Episodes) -> bool:
         return False  # every task's weights are held, by either engine
@@ -118,7 +118,7 @@ class Reptile(MAML):
         if not torch.is_grad_enabled():
             return QueryLoss(after.sum(), after, before)
         seen = query
-        if self.on == "all":
+        if self.sees == "all":
             seen = joined(support, query)
             with torch.no_grad():
                 fast = self._engine.adapt(parameters, self.adapted, steps, seen, rows)

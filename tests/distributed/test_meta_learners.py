@@ -36,6 +36,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "hypernetwork": [{"kind": "nonlinear_biases", "widths": (5,)}, {"kind": "full", "widths": (5,)}],
     "tanp": [{"latent": True}],
 }
+#: Options of a method in all its cases: iMAML's solver grows float32's rounding by the system's condition, which λ bounds.
+OPTIONS: dict[str, dict[str, Any]] = {"imaml": {"strength": 4.0}}
 #: Method → why its meta-gradient can't be the sum of those of its tasks alone. None so far.
 EXEMPT: dict[str, str] = {}
 #: Method → why a task's loss is the same before and after in training.
@@ -71,7 +73,7 @@ class Case:
                     "algorithm": self.meta,
                     "loss": "binary_cross_entropy" if self.click else "squared",
                     "adapt_rows": ["genres", "item", "likes"] if self.rows else [],
-                    "options": dict(self.options),
+                    "options": OPTIONS.get(self.meta, {}) | dict(self.options),
                     **fields,
                 },
                 "train": {"optimizer": TABLE_OPTIMIZER, "seed": 3},

@@ -39,10 +39,10 @@ def by_hand(meta: Reptile, episodes: Episodes) -> dict[str, torch.Tensor]:
     rate = float(meta.rates[0, 0])
     for number in range(episodes.size):
         task = Task.of(meta, episodes, number)
-        weights, rows = task.adapted(meta.adapted, meta.steps, lambda *_: rate, order=1, on=meta.on)
+        weights, rows = task.adapted(meta.adapted, meta.steps, lambda *_: rate, order=1, on=meta.sees)
         weights = {n: w.detach() for n, w in weights.items()}
         rows = {n: r.detach() for n, r in rows.items()}
-        seen = task.both if meta.on == "all" else task.query
+        seen = task.both if meta.sees == "all" else task.query
         rest = {name: leaves[name] for name in whole}
         found = torch.autograd.grad(
             task.loss(seen, weights, rows, meta.loss), list(rest.values()), allow_unused=True, materialize_grads=True
@@ -60,7 +60,7 @@ def by_hand(meta: Reptile, episodes: Episodes) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("engine", ["vmap", "low_rank"])
 @pytest.mark.parametrize("adapt", [("*",), ("head.*",), ("layers.*",)], ids=["all", "head", "body"])
 def test_gradient_is_the_pull_of_a_loop_over_tasks(adapt: Iterable[str], engine: str, on: str):
-    meta = Reptile(mlp(True), steps=3, rate=RATE, adapt=adapt, adapt_rows=("zone",), engine=engine, on=on).double()
+    meta = Reptile(mlp(True), steps=3, rate=RATE, adapt=adapt, adapt_rows=("zone",), engine=engine, sees=on).double()
     episodes = made_up_with_rows()
     assert_close(all_gradients(meta, episodes, meta(episodes).total), by_hand(meta, episodes))
 
@@ -69,7 +69,7 @@ def test_gradient_is_the_pull_of_a_loop_over_tasks(adapt: Iterable[str], engine:
 @pytest.mark.parametrize("on", ["all", "support"])
 def test_gradient_by_chunks_with_other_losses(on: str, loss: str):
     episodes = made_up_with_rows(click=loss == "binary_cross_entropy", tasks=7)
-    meta = Reptile(mlp(True), steps=4, rate=RATE, adapt_rows=("zone",), on=on, loss=loss, chunk=3).double()
+    meta = Reptile(mlp(True), steps=4, rate=RATE, adapt_rows=("zone",), sees=on, loss=loss, chunk=3).double()
     total = 3.0 * meta(episodes).total
     expected = {name: 3.0 * gradient for name, gradient in by_hand(meta, episodes).items()}
     assert_close(all_gradients(meta, episodes, total), expected)
@@ -79,7 +79,7 @@ def test_the_value_is_that_of_tasks_adapted_on_their_support_alone():
     episodes = made_up()
     others = FOMAML(mlp(), steps=3, rate=RATE).double()(episodes)
     for on in ("all", "support"):
-        found = Reptile(mlp(), steps=3, rate=RATE, on=on).double()(episodes)
+        found = Reptile(mlp(), steps=3, rate=RATE, sees=on).double()(episodes)
         torch.testing.assert_close(found.after, others.after)
         torch.testing.assert_close(found.before, others.before)
         assert found.total.item() == found.after.sum().item()
@@ -110,8 +110,8 @@ def test_joined_examples_of_unequal_slots():
 @pytest.mark.parametrize("on", ["all", "support"])
 def test_contract(on: str):
     for make in (mlp, factorisation):
-        check_contract(lambda make=make: Reptile(make(), steps=2, rate=RATE, on=on))
-        check_contract(lambda make=make: Reptile(make(), rate=0.3, on=on, loss="binary_cross_entropy"), click=True)
+        check_contract(lambda make=make: Reptile(make(), steps=2, rate=RATE, sees=on))
+        check_contract(lambda make=make: Reptile(make(), rate=0.3, sees=on, loss="binary_cross_entropy"), click=True)
 
 
 def test_refusals():
@@ -119,7 +119,7 @@ def test_refusals():
         Reptile(mlp(), steps=0)
     with pytest.raises(ValueError, match="rate must be above 0, got 0"):
         Reptile(mlp(), rate=0.0)
-    with pytest.raises(ValueError, match="unknown on 'query'"):
-        Reptile(mlp(), on="query")
+    with pytest.raises(ValueError, match="unknown sees 'query'"):
+        Reptile(mlp(), sees="query")
     with pytest.raises(ValueError, match="nothing adapts"):
         Reptile(mlp(), adapt=())

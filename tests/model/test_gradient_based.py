@@ -25,7 +25,7 @@ def test_found_by_name(learner: str):
 def test_options():
     meta = built(meta={"algorithm": "imaml", "steps": 7, "options": {"strength": 3, "cg_steps": 4}})
     assert (meta.strength, meta.cg_steps, meta.steps) == (3.0, 4, 7)
-    assert built(meta={"algorithm": "reptile", "options": {"on": "support"}}).on == "support"
+    assert built(meta={"algorithm": "reptile", "options": {"sees": "support"}}).sees == "support"
 
 
 def test_meta_sgd_reads_the_rows_width_off_the_layout():
