@@ -36,8 +36,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "hypernetwork": [{"kind": "nonlinear_biases", "widths": (5,)}, {"kind": "full", "widths": (5,)}],
     "tanp": [{"latent": True}],
 }
-#: Options of a method in all its cases: iMAML's solver grows float32's rounding by the system's condition, which λ bounds.
-OPTIONS: dict[str, dict[str, Any]] = {"imaml": {"strength": 4.0}}
+#: Options of a method in all its cases. iMAML grows rounding by the condition of its system, which λ bounds.
+OPTIONS: dict[str, dict[str, Any]] = {"imaml": {"strength": 16.0}}
 #: Method → why its meta-gradient can't be the sum of those of its tasks alone. None so far.
 EXEMPT: dict[str, str] = {}
 #: Method → why a task's loss is the same before and after in training.
