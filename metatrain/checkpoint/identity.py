@@ -71,6 +71,9 @@ def check_scoring(saved: dict[str, Any], current: dict[str, Any], where: str) ->
 
 def _differing(saved: dict[str, Any], current: dict[str, Any]) -> str:
     """The fields that differ, with both values, in words; empty where none does."""
+    # What a release before this one did not know of it did by default.
+    defaults = {name: v for name, v in identity(Config(), "").items() if name in current and name != "dataset"}
+    saved = defaults | saved
     differing = [n for n in sorted(saved.keys() | current.keys()) if saved.get(n) != current.get(n)]
     shown = "; ".join(f"{n}: was {saved.get(n)!r}, is {current.get(n)!r}" for n in differing[:8])
     return shown + (f"; and {len(differing) - 8} more" if len(differing) > 8 else "")
