@@ -141,13 +141,15 @@ def _module(name: str, where: str) -> Any:
         if not name.endswith(".py"):
             return importlib.import_module(name)
         file = Path(name)
+        if not file.is_file():
+            raise ImportError(f"no such file: {file.resolve()}")
         # Under one name for one file, so that it is loaded once, and can be pickled by those who loaded it.
         module_name = f"metatrain_file_{file.stem}"
         if (loaded := sys.modules.get(module_name)) and getattr(loaded, "__file__", None) == str(file.resolve()):
             return loaded
         spec = importlib.util.spec_from_file_location(module_name, file.resolve())
-        if spec is None or spec.loader is None or not file.exists():
-            raise ImportError(f"no such file: {file.resolve()}")
+        if spec is None or spec.loader is None:
+            raise ImportError(f"no Python file: {file.resolve()}")
         module = sys.modules[module_name] = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)

@@ -83,7 +83,7 @@ METHODS: dict[str, Callable[[], MetaLearner]] = {
     "meta_sgd": lambda: MetaSGD(Plane(), steps=STEPS, rate=RATE, **WEIGHT),
     "imaml": lambda: IMAML(Plane(), steps=8, rate=0.15, strength=STRENGTH, cg_steps=WIDTH, **WEIGHT),
     "reptile on all": lambda: Reptile(Plane(), steps=STEPS, rate=RATE, **WEIGHT),
-    "reptile on support": lambda: Reptile(Plane(), steps=STEPS, rate=RATE, on="support", **WEIGHT),
+    "reptile on support": lambda: Reptile(Plane(), steps=STEPS, rate=RATE, sees="support", **WEIGHT),
 }
 
 

@@ -47,7 +47,7 @@ def test_meta_sgd_reads_the_rows_width_off_the_layout():
         ({"algorithm": "imaml", "loss": "absolute"}, "no curvature"),
         ({"algorithm": "meta_sgd", "engine": "low_rank"}, "every weight has a rate of its own"),
         ({"algorithm": "meta_sgd", "steps": 0}, "steps must be at least 1"),
-        ({"algorithm": "reptile", "options": {"on": "query"}}, "on"),
+        ({"algorithm": "reptile", "options": {"sees": "query"}}, "sees"),
         ({"algorithm": "reptile", "order": 1}, "no such setting"),
     ],
 )
