@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from metatrain.compare.entries import read_comparison
-from metatrain.config import load_config
+from metatrain.config import Config, load_config
 from metatrain.data.schema import Feature, Kind, LabelKind, Level, Schema
 from metatrain.errors import ConfigError
 from metatrain.model.build import build_model
@@ -131,9 +131,20 @@ def test_our_leaderboards_can_be_made(path: Path):
     assert found.minutes > 0
     for entry in found.entries:
         assert entry.error is None, str(entry.error)
-        clicks = {"label": LabelKind.CLICK, "label_mean": 0.5, "label_min": 0, "label_max": 1}
-        labels = clicks if entry.config.prepare.label == "click" else {}
-        build_model(MOVIELENS.model_copy(update=labels), entry.config)
+        builds(entry.config)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_our_recipes_can_be_made(path: Path):
+    builds(load_config(str(path)))
+
+
+def builds(config: Config) -> None:
+    """A model is made of a recipe, of all features that there are."""
+    clicks = {"label": LabelKind.CLICK, "label_mean": 0.5, "label_min": 0, "label_max": 1}
+    schema = MOVIELENS.model_copy(update=clicks if config.prepare.label == "click" else {})
+    model = config.model.model_copy(update={"features": None})
+    assert build_model(schema, config.model_copy(update={"model": model}), tables_device="meta").meta.learner
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "protocols").glob("*.yaml")), ids=lambda path: path.stem)
