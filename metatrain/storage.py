@@ -1,41 +1,34 @@
-"""Every path is an fsspec URL: a local folder, or any store that fsspec knows. Retries live here alone.
+"""Every path is an fsspec URL: a local folder, or any store that fsspec knows.
 
-A file published with `write_atomic` is either wholly there or not there, also after a kill.
+A file published with `write_atomic` is either wholly there or not there, also after a kill. What may pass by itself is
+tried again as `metatrain.retries` says; a disk that is full is an error of ours. Nothing comes back that is shorter
+than the file.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import os
 import posixpath
 import re
+import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, Any, TypeVar, cast
+from typing import IO, Any, cast
 
 import fsspec
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
+from metatrain import faults
 from metatrain.errors import StorageError
+from metatrain.retries import SteadyFile, read_whole, retried, whole
 
-Result = TypeVar("Result")
-
-# What another try cannot mend.
-_FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError)
 # What `write_atomic` adds to a name.
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp$")
-
-
-def retried(call: Callable[[], Result]) -> Result:
-    """Calls `call`, again after a transient `OSError`, up to 5 times over about 10 seconds."""
-    policy = Retrying(
-        retry=retry_if_exception(lambda e: isinstance(e, OSError) and not isinstance(e, _FINAL)),
-        stop=stop_after_attempt(5),
-        wait=wait_random_exponential(multiplier=0.2, max=5),
-        reraise=True,
-    )
-    return policy(call)
+# Of a buffer that reads ahead from a store.
+_BUFFER_BYTES = 1 << 16
 
 
 def absolute(url: str) -> str:
@@ -113,26 +106,82 @@ def make_folder(url: str) -> None:
     """Makes a folder and its parents where the store has folders; an `OSError` becomes a `StorageError`."""
     fs, path = filesystem(url)
     try:
-        retried(lambda: fs.makedirs(path, exist_ok=True))
+        with full_disk_named(url):
+            retried(lambda: fs.makedirs(path, exist_ok=True))
     except OSError as error:
         raise StorageError(
             f"The folder cannot be made: {error}", where=url, remedy="Check the path and its rights."
         ) from error
 
 
-def open_file(url: str, mode: str = "rb", **options: Any) -> IO[Any]:
-    """Opens a file; `FileNotFoundError` becomes a `StorageError`."""
-    fs, path = filesystem(url)
+def free_bytes(url: str) -> int | None:
+    """Room for more on the disk of a path that need not exist yet; None for a store, which has no bound to know."""
+    if not is_local(url):
+        return None
+    path = filesystem(url)[1]
+    while not os.path.exists(path) and os.path.dirname(path) != path:
+        path = os.path.dirname(path)
+    return shutil.disk_usage(path).free
+
+
+@contextmanager
+def full_disk_named(url: str) -> Iterator[None]:
+    """A disk or quota that is full in the block becomes a `StorageError`, which says what is free."""
     try:
-        return cast(IO[Any], retried(lambda: fs.open(path, mode, **options)))
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        with contextlib.suppress(OSError):
+            free = free_bytes(url)
+            raise StorageError(
+                "The disk is full." if error.errno == errno.ENOSPC else "The quota of the disk is used up.",
+                where=url,
+                got=f"{error}; {free or 0:,} bytes are free",
+                remedy="Make room, then run the same command again: what was whole before this write still is.",
+            ) from error
+        raise
+
+
+def open_file(url: str, mode: str = "rb", **options: Any) -> IO[Any]:
+    """Opens a file; `FileNotFoundError` becomes a `StorageError`.
+
+    A store's file that is opened to read bytes survives broken connections: a read is tried again from where it began.
+    """
+    fs, path = filesystem(url)
+
+    def opened() -> IO[Any]:
+        faults.point("storage.open", path=url)
+        return cast(IO[Any], fs.open(path, mode, **options))
+
+    try:
+        if mode != "rb" or options or is_local(url):
+            return retried(opened)
+        return io.BufferedReader(SteadyFile(url, opened, size(url)), _BUFFER_BYTES)
     except FileNotFoundError as error:
         raise StorageError("There is no such file.", where=url, remedy="Check the path.") from error
 
 
 def read_bytes(url: str) -> bytes:
-    """A whole file."""
-    with open_file(url, "rb") as file:
-        return file.read()
+    """A whole file.
+
+    Raises:
+        StorageError: No such file, or one that keeps coming shorter than it is.
+    """
+    fs, path = filesystem(url)
+
+    def read() -> bytes:
+        faults.point("storage.open", path=url)
+        with fs.open(path, "rb") as file:
+            faults.point("storage.read", path=url)
+            content = cast(bytes, file.read())
+            # The opened file's own size: by its path another one may be there by now.
+            return whole(content, int(known) if (known := getattr(file, "size", None)) else size(url), url)
+
+    try:
+        return read_whole(url, read)
+    except FileNotFoundError as error:
+        raise StorageError("There is no such file.", where=url, remedy="Check the path.") from error
 
 
 def read_text(url: str) -> str:
@@ -146,32 +195,42 @@ def write_atomic(url: str, data: bytes | str | memoryview) -> None:
     On a disk: a temporary file beside it, flushed, then renamed. On an object store a put is atomic already.
     """
     content = data.encode("utf-8") if isinstance(data, str) else data
-    if not is_local(url):
-        fs, path = filesystem(url)
-        retried(lambda: fs.pipe_file(path, bytes(content)))
-        return
 
     def publish() -> None:
-        with _published(url, durable=True) as file:
-            file.write(content)
+        faults.point("storage.write", path=url)
+        if is_local(url):
+            with _published(url, durable=True) as file:
+                file.write(content)
+        else:
+            fs, path = filesystem(url)
+            fs.pipe_file(path, bytes(content))
 
-    retried(publish)
+    with full_disk_named(url):
+        retried(publish)
 
 
 @contextmanager
 def open_atomic(url: str) -> Iterator[IO[bytes]]:
     """A file to write to, published whole when the block ends well, as by `write_atomic`.
 
-    For files that need not outlive a crash of the machine: no time goes into flushing them. Nothing is tried again.
+    For files that need not outlive a crash of the machine: no time goes into flushing them. On a disk nothing is tried
+    again.
     """
     if is_local(url):
-        with _published(url, durable=False) as file:
-            yield file
+        with full_disk_named(url):
+            faults.point("storage.write", path=url)
+            with _published(url, durable=False) as file:
+                yield file
         return
     buffer = io.BytesIO()
     yield buffer
     fs, path = filesystem(url)
-    retried(lambda: fs.pipe_file(path, buffer.getvalue()))
+
+    def publish() -> None:
+        faults.point("storage.write", path=url)
+        fs.pipe_file(path, buffer.getvalue())
+
+    retried(publish)
 
 
 @contextmanager
@@ -210,5 +269,5 @@ def move(url: str, to: str) -> None:
 def remove(url: str) -> None:
     """Removes a file or a folder with all in it; nothing happens where there is none."""
     fs, path = filesystem(url)
-    if fs.exists(path):
+    if retried(lambda: fs.exists(path)):
         retried(lambda: fs.rm(path, recursive=True))
