@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
 from metatrain import storage
 from metatrain.errors import ConfigError
@@ -28,6 +28,25 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NotNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 RankingMetric = Literal["AUC", "nDCG", "hit rate", "recall", "precision", "MAP"]
+
+
+def _range(value: Any) -> Any:
+    """`{min: 1, max: 8}` as `(1, 8)`; anything else as it is."""
+    if not isinstance(value, Mapping):
+        return value
+    if value.keys() != {"min", "max"}:
+        raise ValueError(f"a range has the keys min and max, not {', '.join(map(str, value)) or 'none'}")
+    return value["min"], value["max"]
+
+
+#: A number, or the least and the greatest.
+NumberOrRange = Annotated[
+    Positive | tuple[Positive, Positive],
+    BeforeValidator(_range),
+    PlainSerializer(
+        lambda v: dict(zip(("min", "max"), v, strict=True)) if isinstance(v, tuple) else v, when_used="json"
+    ),
+]
 #: Of a learner's own; checked by the learner's constructor.
 Option = bool | int | float | str | tuple[int, ...]
 
@@ -375,8 +394,12 @@ class TrainConfig(Section):
     """Passes over the training tasks."""
     max_steps: NotNegative = 0
     """Ends training after this many steps. 0: after `epochs`."""
-    workers: Positive = 1
-    """Training workers, at most `data.lanes`."""
+    workers: NumberOrRange = 1
+    """Training workers, at most `data.lanes`. `{min: 1, max: 8}` (on the command line `1 8`): as many as the cluster
+    has room for. A node that is lost or comes changes their number, and the run goes on with the same global batches.
+    """
+    resize_seconds: PositiveFloat = 60.0
+    """Where `workers` is a range: seconds between looks at whether the cluster has room for more of them."""
     threads_per_worker: NotNegative = 1
     """CPU threads of a worker's tensor operations. 0: torch's choice."""
     gpus: bool = False
@@ -392,11 +415,39 @@ class TrainConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Checkpoints."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
-    """Restarts of the worker group after failures. -1: without bound."""
+    """Restarts of the worker group after failures, in the whole run; a node that is taken away with notice is none. -1:
+    without bound. Ten restarts in a row without a step between them end the run in any case."""
+    backoff_seconds: NotNegativeFloat = 2.0
+    """Wait before the second restart in a row without a step between; twice as long each time, up to a minute."""
+    hang_seconds: NotNegativeFloat = 600.0
+    """Seconds without progress after which a worker counts as hanging: it is named, killed, and the group starts again
+    from the last checkpoint, which counts as a failure. More than the longest step, read or checkpoint. 0: never."""
+    not_finite: Literal["stop", "skip"] = "stop"
+    """On a loss or gradient that is not finite, or that explodes. stop: the run ends, and `metatrain replay RUN` shows
+    that step. skip: its update is left out on all ranks, tables and all, and counted; the ranks then agree on every
+    step before they update, which costs an exchange a step."""
+    explosion: NotNegativeFloat = 0.0
+    """A gradient norm of more than this many times its running mean counts as exploding. 0: never."""
     log_every: Positive = 10
     """Steps between lines in TensorBoard."""
     seed: int = 0
     """Seed of the initial weights and of the epoch plans."""
+
+    @property
+    def least_workers(self) -> int:
+        """Workers without which the run does not train."""
+        return self.workers[0] if isinstance(self.workers, tuple) else self.workers
+
+    @property
+    def most_workers(self) -> int:
+        """Workers that the run takes where there is room."""
+        return self.workers[1] if isinstance(self.workers, tuple) else self.workers
+
+    @model_validator(mode="after")
+    def _least_workers_first(self) -> TrainConfig:
+        if self.least_workers > self.most_workers:
+            raise ValueError(f"workers: min ({self.least_workers}) must be at most max ({self.most_workers})")
+        return self
 
     @model_validator(mode="after")
     def _stops_by_what_is_measured(self) -> TrainConfig:
@@ -470,8 +521,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _workers_have_lanes(self) -> Config:
-        if self.train.workers > self.data.lanes:
-            raise ValueError(f"train.workers ({self.train.workers}) must be at most data.lanes ({self.data.lanes})")
+        if self.train.most_workers > self.data.lanes:
+            raise ValueError(
+                f"train.workers ({self.train.most_workers}) must be at most data.lanes ({self.data.lanes})"
+            )
         return self
 
 

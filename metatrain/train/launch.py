@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -29,14 +31,17 @@ from metatrain.model.build import build_model
 from metatrain.model.construct import absolute_name
 from metatrain.observe.progress import TrainingProgress
 from metatrain.train.early_stopping import Patience
-from metatrain.train.session import ray_session
+from metatrain.train.session import ray_session, worker_cpus
 from metatrain.train.step import open_reader
+from metatrain.train.supervise import Overseer, fatal, group_name, heart, kill_hanging, make_teller
 from metatrain.train.worker import Seat, is_over, last_step, train
 
 log = logging.getLogger("metatrain")
 
 #: Attempts to start the workers, a minute each, before a run gives up.
 START_ATTEMPTS = 30
+#: Bound of a collective where hanging workers are not looked for: torch's own.
+COLLECTIVE_SECONDS = 1800
 
 
 def launch(config: Config, address: str | None = None, work: Callable[[Config, Seat], None] = train) -> None:
@@ -109,32 +114,6 @@ def finished(config: Config) -> bool:
     return is_over(config, marker.cursor, last, Patience(config.train.early_stopping, marker.loop))
 
 
-@ray.remote(num_cpus=0)
-class Teller:
-    """Carries the workers' messages to the command that launched them."""
-
-    def __init__(self) -> None:
-        self._messages: list[dict[str, Any]] = []
-        self._fatal: MetatrainError | None = None
-
-    def tell(self, message: dict[str, Any]) -> None:
-        """Takes a message."""
-        self._messages.append(message)
-
-    def drain(self) -> list[dict[str, Any]]:
-        """The messages since the last call."""
-        messages, self._messages = self._messages, []
-        return messages
-
-    def end_with(self, error: MetatrainError) -> None:
-        """Takes an error that another try cannot mend."""
-        self._fatal = self._fatal or error
-
-    def fatal(self) -> MetatrainError | None:
-        """The error that ends the run."""
-        return self._fatal
-
-
 class _Told(logging.Handler):
     """Passes log lines on by `tell`."""
 
@@ -146,16 +125,13 @@ class _Told(logging.Handler):
         self._tell({"say": self.format(record)})
 
 
-def _fatal(teller: Any) -> MetatrainError | None:
-    return cast("MetatrainError | None", ray.get(teller.fatal.remote()))
-
-
 def _worker_loop(settings: dict[str, Any]) -> None:
     """What Ray Train runs on every worker."""
     import torch
 
-    teller = settings["teller"]
-    if _fatal(teller):
+    teller, entered = settings["teller"], time.time()
+    wait = cast(float, ray.get(teller.begin.remote(group_name())))
+    if fatal(teller):
         return  # Ray Train starts failed workers again; an error in the input would only come again.
     config = validated(settings["config"], where=settings["where"])
     if config.train.threads_per_worker:
@@ -172,16 +148,20 @@ def _worker_loop(settings: dict[str, Any]) -> None:
     # What rooms below log (a reader died, the inner loop's engine) is for whoever launched the run.
     logging.getLogger("metatrain").setLevel(logging.INFO)
     logging.getLogger("metatrain").addHandler(_Told(tell))
-    tell({"start": world_size})
+    tell({"start": world_size, "at": entered, "wait": wait})
+    time.sleep(wait)
+    seat = Seat(rank, world_size, device, tell)
     try:
-        settings["work"](config, Seat(rank, world_size, device, tell))
+        with heart(teller, rank, seat.pulse, seat.asked):
+            settings["work"](config, seat)
     except MetatrainError as error:
         ray.get(teller.end_with.remote(error))
         raise
 
 
 def _fit(config: Config, work: Callable[[Config, Seat], None]) -> None:
-    teller = Teller.remote()  # pyright: ignore[reportAttributeAccessIssue]
+    rules = config.train
+    teller = make_teller(rules.backoff_seconds)
     fs, path = storage.filesystem(config.run_url)
     storage.make_folder(config.run_url)
     trainer = ray.train.torch.TorchTrainer(
@@ -192,43 +172,51 @@ def _fit(config: Config, work: Callable[[Config, Seat], None]) -> None:
             "teller": teller,
             "work": work,
         },
-        torch_config=ray.train.torch.TorchConfig(backend="cpu:gloo,cuda:nccl" if config.train.gpus else "gloo"),
+        torch_config=ray.train.torch.TorchConfig(
+            backend="cpu:gloo,cuda:nccl" if rules.gpus else "gloo",
+            # Longer than a worker may hang: who waits for it should not fail first, and be taken for the cause.
+            timeout_s=math.ceil(2 * rules.hang_seconds + 300) if rules.hang_seconds else COLLECTIVE_SECONDS,
+        ),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=config.train.workers,
-            use_gpu=config.train.gpus,
-            resources_per_worker={"CPU": 1, **({"GPU": 1} if config.train.gpus else {})},
+            num_workers=rules.workers,
+            use_gpu=rules.gpus,
+            resources_per_worker={"CPU": worker_cpus(config), **({"GPU": 1} if rules.gpus else {})},
+            elastic_resize_monitor_interval_s=rules.resize_seconds,
         ),
         run_config=ray.train.RunConfig(
             name="ray",
             storage_path=path,
             storage_filesystem=pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs)),
             failure_config=ray.train.FailureConfig(
-                max_failures=config.train.max_failures,
+                max_failures=rules.max_failures,
                 # Of starting the workers, each after a minute's wait: time for a cluster to grow, but not for ever.
                 controller_failure_limit=START_ATTEMPTS,
             ),
             logging_config=LoggingConfig(log_level="ERROR"),
+            # Ray Train takes callbacks of its controller too, though the type names only one kind.
+            callbacks=cast(Any, [Overseer(teller)]),
         ),
     )
+    hung: list[str] = []
     try:
-        with _shown(teller):
+        with _shown(teller, rules.hang_seconds, hung):
             trainer.fit()
     except TrainingFailedError as error:
-        if fatal := _fatal(teller):
-            raise fatal from None
+        if known := fatal(teller):
+            raise known from None
         raise TrainingError(
-            f"Training failed more often than `train.max_failures` allows ({config.train.max_failures}).",
+            f"Training failed more often than `train.max_failures` allows ({rules.max_failures}).",
             where=config.run_url,
-            got=str(error)[-2000:],
+            got="\n".join([*(f"hung: {worker}" for worker in hung), str(error)[-2000:]]),
             remedy="Mend the cause; the same command goes on from the last checkpoint.",
         ) from error
-    if fatal := _fatal(teller):
-        raise fatal
+    if known := fatal(teller):
+        raise known
 
 
 @contextlib.contextmanager
-def _shown(teller: Any) -> Iterator[None]:
-    """Shows the workers' messages while the block runs."""
+def _shown(teller: Any, hang_seconds: float, hung: list[str]) -> Iterator[None]:
+    """Shows the workers' messages while the block runs, and kills those that hang, which come to be in `hung`."""
     progress, over = TrainingProgress(), threading.Event()
 
     def drain() -> None:
@@ -238,6 +226,9 @@ def _shown(teller: Any) -> Iterator[None]:
     def poll() -> None:
         while not over.wait(0.5):
             drain()
+            for worker in kill_hanging(teller, hang_seconds) if hang_seconds else []:
+                hung.append(worker)
+                progress.take({"say": f"a worker hangs and is killed: {worker} without progress"})
 
     thread = threading.Thread(target=poll, name="progress", daemon=True)
     thread.start()

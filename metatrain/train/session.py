@@ -56,9 +56,14 @@ def ray_session(config: Config, address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
+def worker_cpus(config: Config) -> float:
+    """CPUs that a worker asks for, its readers' among them: so a node takes no worker whose readers have no room."""
+    return 1 + config.data.readers_per_worker * READER_CPUS
+
+
 def cpus_of(config: Config) -> int:
-    """CPUs that a run's workers and readers take."""
-    return math.ceil(config.train.workers * (1 + config.data.readers_per_worker * READER_CPUS))
+    """CPUs without which a run does not train: of its workers (the least, where there is a range) and their readers."""
+    return math.ceil(config.train.least_workers * worker_cpus(config))
 
 
 def check_resources(config: Config, cluster: bool) -> None:
@@ -67,7 +72,7 @@ def check_resources(config: Config, cluster: bool) -> None:
     Raises:
         ConfigError: The local Ray is smaller than the run wants.
     """
-    wanted = {"CPU": cpus_of(config), **({"GPU": config.train.workers} if config.train.gpus else {})}
+    wanted = {"CPU": cpus_of(config), **({"GPU": config.train.least_workers} if config.train.gpus else {})}
     there = ray.cluster_resources()
     for name, count in wanted.items():
         if there.get(name, 0) >= count:

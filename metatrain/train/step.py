@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -20,6 +20,7 @@ from metatrain.model.metamodel import Asked, MetaModel, StepOutput
 from metatrain.model.sharding import Distributed
 from metatrain.observe.laps import STAGES, Laps
 from metatrain.train.outer import DenseOptimizer, rate_share
+from metatrain.train.pulse import Pulse
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Outcome:
     gradient_norm: Tensor  # of the dense meta-gradient, before clipping
     rate: float  # of the dense parameters
     table_rate: float
+    wished: bool = False  # whether a rank wished for a checkpoint: at this step's start; on a GPU, at the step before
 
 
 class OuterLoop:
@@ -42,6 +44,7 @@ class OuterLoop:
         last: Steps of the whole run.
         world_size: Number of ranks.
         laps: Told of the stages.
+        pulse: Told of them before they begin.
     """
 
     def __init__(
@@ -52,13 +55,16 @@ class OuterLoop:
         last: int,
         world_size: int,
         laps: Laps | None = None,
+        pulse: Pulse | None = None,
     ) -> None:
         self._distributed, self._optimizer, self._config = distributed, optimizer, config.train.optimizer
         self._last, self._world_size, self._laps = last, world_size, laps
+        self._pulse = pulse or Pulse()
         self._model = cast(MetaModel, distributed.model)
         self._ahead: tuple[TaskBatch, int, Asked] | None = None
+        self._before: _Sums | None = None
 
-    def step(self, batch: TaskBatch, step: int, following: TaskBatch | None = None) -> Outcome:
+    def step(self, batch: TaskBatch, step: int, following: TaskBatch | None = None, *, wish: bool = False) -> Outcome:
         """Trains on one global batch: one lookup, one backward.
 
         Args:
@@ -66,9 +72,11 @@ class OuterLoop:
             step: Its number, from 0.
             following: The part that comes next, where there is one, on all ranks or on none: its ids go to the ranks
                 that hold their rows while this step computes. Its rows are read after this step's update.
+            wish: Whether this rank wishes for a checkpoint: all ranks learn of it.
         """
         laps = self._laps or Laps(batch.labels.device)
-        tasks_global = _tasks_of_all_ranks(batch)
+        self._pulse.enter("forward")
+        sums = _Sums(batch, wish)
         share = rate_share(self._config, step, self._last)
         rate, table_rate = share * self._config.rate, share * self._config.table_rate
         self._distributed.set_table_rate(table_rate)  # before backward, which updates the tables
@@ -77,12 +85,19 @@ class OuterLoop:
         if following is not None:
             self._ahead = following, step + 1, self._model.ask(following, step + 1)
             laps.lap("lookup")
-        output: StepOutput = self._distributed.module(batch, step, tasks_global, self._world_size, asked, laps)
+        output: StepOutput = self._distributed.module(batch, step, sums.tasks, self._world_size, asked, laps)
         if self._ahead is not None:
             self._ahead[2].request.send()
+        self._pulse.enter("backward")
         output.loss.backward()
         laps.lap("backward")
-        outcome = Outcome(output, self._optimizer.update(rate), rate, table_rate)
+        self._pulse.enter("update")
+        # A GPU's answer of this step would have to be waited for; the one of the step before is there.
+        known, self._before = self._before if sums.on_gpu else sums, sums
+        wished = known is not None and known.wished()
+        if wished:
+            self._before = None  # met now: the same wish, still said in this step, is not another one
+        outcome = Outcome(output, self._optimizer.update(rate), rate, table_rate, wished)
         laps.lap("update")
         return outcome
 
@@ -93,20 +108,38 @@ class OuterLoop:
         return self._ahead[2]
 
 
-def _tasks_of_all_ranks(batch: TaskBatch) -> Callable[[], Tensor]:
-    """Begins to count the tasks of the global batch; what it returns waits for the count, which is at least 1.
+class _Sums:
+    """What the ranks add up in every step, begun before its work: the tasks of the global batch, and wishes.
 
-    The plan doesn't know it: a rank finds out which tasks have too few events as it reads them.
+    The plan doesn't know the tasks: a rank finds out which have too few events as it reads them. The GPU's path has not
+    been run.
     """
-    tasks = torch.tensor(float(batch.size), dtype=torch.float64, device=batch.labels.device)
-    work = dist.all_reduce(tasks, async_op=True)
-    assert work is not None, "this process is in the group"
 
-    def count() -> Tensor:
-        work.wait()
-        return tasks.clamp(min=1.0).to(batch.labels.dtype)
+    def __init__(self, batch: TaskBatch, wish: bool) -> None:
+        device, self._dtype = batch.labels.device, batch.labels.dtype
+        self.on_gpu = device.type == "cuda"
+        self._sums = torch.tensor([float(batch.size), float(wish)], dtype=torch.float64, device=device)
+        work = dist.all_reduce(self._sums, async_op=True)
+        assert work is not None, "this process is in the group"
+        self._work = work
+        self._copied: torch.cuda.Event | None = None
 
-    return count
+    def tasks(self) -> Tensor:
+        """Waits for the tasks of the global batch, at least 1."""
+        self._work.wait()
+        if self.on_gpu:
+            self._host = torch.empty(2, dtype=torch.float64, pin_memory=True)
+            self._host.copy_(self._sums, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        return self._sums[0].clamp(min=1.0).to(self._dtype)
+
+    def wished(self) -> bool:
+        """Whether any rank had a wish. After `tasks`."""
+        if self._copied is not None:
+            self._copied.synchronize()
+            return bool(self._host[1] > 0)
+        return bool(self._sums[1] > 0)
 
 
 def open_reader(dataset: TaskDataset, config: Config, split: Split) -> BatchReader:
@@ -125,13 +158,20 @@ def open_reader(dataset: TaskDataset, config: Config, split: Split) -> BatchRead
 
 
 def validation_losses(
-    distributed: Distributed, reader: BatchReader, lanes: Sequence[int], device: torch.device, world_size: int
+    distributed: Distributed,
+    reader: BatchReader,
+    lanes: Sequence[int],
+    device: torch.device,
+    world_size: int,
+    pulse: Pulse | None = None,
 ) -> tuple[float, float]:
     """Mean query loss over the reader's tasks, before and after adaptation, equal on all ranks."""
+    pulse = pulse or Pulse()
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     distributed.module.eval()
     with torch.no_grad():
         for step in range(reader.steps(0)):
+            pulse.enter("validate")
             batch = reader.read(0, step, lanes).tensors(device)
             output: StepOutput = distributed.module(batch, 0, 1.0, world_size)
             sums += torch.stack([output.before, output.after, torch.as_tensor(float(batch.size))]).to(sums)

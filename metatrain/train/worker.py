@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from metatrain.observe.laps import Laps
 from metatrain.observe.tensorboard import Board
 from metatrain.train.early_stopping import Patience
 from metatrain.train.outer import DenseOptimizer
+from metatrain.train.pulse import Asked, Pulse
 from metatrain.train.run_text import write_texts
 from metatrain.train.step import Outcome, OuterLoop, Totals, open_reader, validation_losses
 from metatrain.train.transfer import device_batches
@@ -42,6 +43,8 @@ class Seat:
     world_size: int
     device: torch.device
     tell: Callable[[dict[str, Any]], None]
+    pulse: Pulse = field(default_factory=Pulse)
+    asked: Asked = field(default_factory=Asked)
 
 
 def last_step(config: Config, steps_of: Sequence[int]) -> int:
@@ -69,7 +72,10 @@ class Training:
         self.distributed = distribute(self.model, config.train.optimizer, seat.device)
         self.optimizer = DenseOptimizer(self.distributed.dense_parameters(), config.train.optimizer)
         self.must_equal = identity(config, self.dataset.fingerprint)
+        self.pulse = seat.pulse
+        self.pulse.enter("restore")
         self.cursor, self.patience = self._restored()
+        self.pulse.enter("start", self.cursor.total)
         self.saved_at, self.saved_time = self.cursor.total, time.monotonic()
         self.lanes = lanes_of(range(config.data.lanes), seat.world_size, seat.rank)
         self.validation = open_reader(self.dataset, config, Split.VALIDATION)
@@ -80,12 +86,15 @@ class Training:
             lanes=self.lanes,
             features=config.model.features,
             epochs=config.train.epochs,
+            num_cpus=0,  # this worker asked for its readers' CPUs too: see `session.worker_cpus`
         )
         self.steps_of = [self.stream.steps(epoch) for epoch in range(config.train.epochs)]
         self.last = last_step(config, self.steps_of)
         self.laps = Laps(seat.device)
         self.totals = Totals(seat.device, self.laps)
-        self.outer = OuterLoop(self.distributed, self.optimizer, config, self.last, seat.world_size, self.laps)
+        self.outer = OuterLoop(
+            self.distributed, self.optimizer, config, self.last, seat.world_size, self.laps, self.pulse
+        )
         self.board = Board(config.run_url, self.cursor.total) if seat.rank == 0 else None
         if self.board is not None:
             write_texts(self.board, config, self.dataset)
@@ -96,25 +105,32 @@ class Training:
         while not self._over():
             epoch, due = self.cursor.epoch, False
             self.laps.lap("rest")
+            self.pulse.enter("read", self.cursor.total)
             for batch, following in _with_next(self._batches(epoch)):
                 goes_on = self.cursor.total + 1 < self.last
-                outcome = self.outer.step(batch, self.cursor.total, following if goes_on else None)
+                wish = self.seat.asked.pending
+                outcome = self.outer.step(batch, self.cursor.total, following if goes_on else None, wish=wish > 0)
                 self.cursor = Cursor(epoch=epoch, step=self.cursor.step + 1, total=self.cursor.total + 1)
                 self.totals.add(outcome, batch)
                 ends = self.cursor.total == self.last or self.cursor.step == self.steps_of[epoch]
                 due = self._due_by_steps()
                 if ends or self.cursor.total % config.train.log_every == 0:
+                    self.pulse.enter("log", self.cursor.total)
                     due |= self._log(outcome)
                 if ends:
                     break
-                if due:
+                if outcome.wished:
+                    self._save_at_once(outcome, wish)
+                elif due:
                     self._save(outcome)
                 self.laps.lap("rest")
+                self.pulse.enter("read", self.cursor.total)
             if self.cursor.step == self.steps_of[epoch]:
                 self.cursor = Cursor(epoch=epoch + 1, step=0, total=self.cursor.total)
             metrics, improved = self._validate()
             if improved or due or self._over():
                 self._save(None, metrics)
+        self.pulse.enter("end", self.cursor.total)
         self.seat.tell({"done": self.cursor.total, "steps": self.last, "stopped_early": self.patience.exhausted})
 
     def _batches(self, epoch: int) -> Iterator[TaskBatch]:
@@ -182,7 +198,9 @@ class Training:
         if not due or not self.dataset.manifest.tasks.get(Split.VALIDATION):
             return {}, False
         seat = self.seat
-        before, after = validation_losses(self.distributed, self.validation, self.lanes, seat.device, seat.world_size)
+        before, after = validation_losses(
+            self.distributed, self.validation, self.lanes, seat.device, seat.world_size, self.pulse
+        )
         self._check_finite(after, "validation loss")
         # Cut short inside an epoch, the run may be continued: that must not cost it patience.
         improved = self.patience.judge(after) if at_epoch else after < self.patience.best
@@ -197,6 +215,7 @@ class Training:
             # Equal on all ranks, and not finite where any rank's loss was: such weights must not become a checkpoint.
             self._check_finite(float(outcome.gradient_norm), "gradient norm")
         config = self.config
+        self.pulse.enter("checkpoint", self.cursor.total)
         save_checkpoint(
             config.run_url,
             self._state(),
@@ -210,6 +229,14 @@ class Training:
         self.saved_at, self.saved_time = self.cursor.total, time.monotonic()
         if self.board is not None:
             self.board.flush()
+
+    def _save_at_once(self, outcome: Outcome, wish: int) -> None:
+        """Saves because a rank was asked to, and lets those know who wait for it."""
+        self._save(outcome)
+        if wish:
+            asked = self.seat.asked
+            self.seat.tell({"say": f"a checkpoint at step {self.cursor.total}: {asked.reason}"})
+            asked.meet(wish)
 
     def _check_finite(self, value: float, what: str) -> None:
         if not math.isfinite(value):
