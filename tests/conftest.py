@@ -41,6 +41,7 @@ def ray_session() -> Iterator[None]:
         yield
         return
     ray.init(
+        address="local",  # and not a cluster that happens to run on this machine
         num_cpus=6,
         include_dashboard=False,
         log_to_driver=False,

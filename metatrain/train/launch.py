@@ -31,6 +31,7 @@ from metatrain.model.build import build_model
 from metatrain.model.construct import absolute_name
 from metatrain.observe.progress import TrainingProgress
 from metatrain.train.early_stopping import Patience
+from metatrain.train.elastic import Trainer
 from metatrain.train.session import ray_session, worker_cpus
 from metatrain.train.step import open_reader
 from metatrain.train.supervise import Overseer, fatal, group_name, heart, kill_hanging, make_teller
@@ -164,7 +165,7 @@ def _fit(config: Config, work: Callable[[Config, Seat], None]) -> None:
     teller = make_teller(rules.backoff_seconds)
     fs, path = storage.filesystem(config.run_url)
     storage.make_folder(config.run_url)
-    trainer = ray.train.torch.TorchTrainer(
+    trainer = Trainer(
         _worker_loop,
         train_loop_config={
             "config": config.model_dump(mode="json"),
