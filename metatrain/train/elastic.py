@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 import ray.train.torch
+from ray._private.state import state
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 
 
@@ -17,7 +18,7 @@ class LiveNodesPolicy(ElasticScalingPolicy):
     """As Ray's, of the nodes alone that are alive and not being drained."""
 
     def _count_possible_workers(self, reserved_resources: dict[str, Any]) -> int:
-        leaving = ray._private.state.state.get_draining_nodes()
+        leaving = state.get_draining_nodes()
         staying = {node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving}
         return super()._count_possible_workers({n: has for n, has in reserved_resources.items() if n in staying})
 
