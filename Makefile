@@ -51,7 +51,7 @@ setup-dev: .venv/.package .venv/.development
 	@$(SETUP) package
 	@touch $@
 
-.venv/.development: .venv/.runtime requirements/dev.txt
+.venv/.development: .venv/.runtime requirements/dev.txt requirements/s3.txt
 	@$(SETUP) development
 	@touch $@
 

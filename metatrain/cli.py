@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import tyro
 
@@ -23,6 +23,8 @@ USAGE = f"""metatrain {__version__}: meta-train recommenders that adapt to a new
   metatrain evaluate RUN                      quality on users and items never seen, beside baselines
   metatrain compare BOARD.yaml --out FOLDER   train and judge several methods alike: a leaderboard
   metatrain recommend RUN --events FILE       adapt to events, rank the catalogue
+  metatrain submit RECIPE.yaml --address URL  train it on a Ray cluster, as a job; the same again goes on
+  metatrain job list|status|logs|stop [ID]    the jobs of a cluster
   metatrain config RECIPE.yaml [--a.b value]  print the resolved configuration
   metatrain doctor                            what this machine has, and what is wrong with it
 
@@ -30,6 +32,7 @@ USAGE = f"""metatrain {__version__}: meta-train recommenders that adapt to a new
 a leaderboard file (configs/leaderboards/); recipes and run folders do in its place.
 SOURCE is movielens-100k, movielens-1m, movielens, netflix, events or synthetic. Recipes are in configs/."""
 
+Options = TypeVar("Options")
 # Options of a nested section appear without the section's prefix.
 Flat = tyro.conf.arg(name="")
 
@@ -54,6 +57,45 @@ class TrainArguments:
     recipe: Annotated[Config, Flat]
     address: str | None = None
     """A Ray cluster: `auto`, `host:port` or `ray://host:port`. Default: a local Ray, for this run alone."""
+
+
+@dataclass(frozen=True)
+class SubmitArguments:
+    """Trains a recipe on a Ray cluster, as a job: checks it here, shows what it will take, submits, follows the log and
+    exits with the job's code. Interrupted, the job goes on. The same command again goes on from the last checkpoint.
+    Paths must mean the same on every node: name datasets and `run.storage` by URLs (s3://…), or on a shared disk."""
+
+    recipe: Annotated[Config, Flat]
+    address: str | None = None
+    """The cluster's job server, `http://HEAD:8265`. Default: the variable RAY_API_SERVER_ADDRESS."""
+    wait: bool = True
+    """Follow the job's log to its end; `--no-wait` returns once it is submitted."""
+    submission_id: str | None = None
+    """Of the job. Default: the run's name with a number."""
+    metadata: tuple[str, ...] = ()
+    """NAME=VALUE pairs to show beside the job."""
+    env: tuple[str, ...] = ()
+    """NAME=VALUE pairs: variables of the job's processes on every node. The dashboard shows them: no secrets here."""
+    code: Literal["upload", "installed"] = "upload"
+    """upload: this package's code, and learners of your own, are sent to the nodes; installed: what their image has
+    runs."""
+    dry_run: bool = False
+    """Check and show, and submit nothing."""
+    render: Literal["rayjob"] | None = None
+    """Print a manifest in place of submitting: `kubectl apply -f` makes the cluster and trains. See docs/cluster.md."""
+    image: str = "metatrain:latest"
+    """Of the manifest's containers (see cluster/)."""
+
+
+@dataclass(frozen=True)
+class JobArguments:
+    """Looks at a cluster's jobs: `metatrain job list`, or `status`, `logs` or `stop` with a job's submission ID, or a
+    recipe or a run's folder, whose newest job is meant. `logs` follows to the job's end and exits with its code."""
+
+    address: str | None = None
+    """The cluster's job server, `http://HEAD:8265`. Default: the variable RAY_API_SERVER_ADDRESS."""
+    wait: bool = True
+    """logs: follow to the job's end; `--no-wait` prints what is there."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +165,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "evaluate": _evaluate,
         "compare": _compare,
         "recommend": _recommend,
+        "submit": _submit,
+        "job": _job,
         "config": _config,
         "doctor": _doctor,
     }
@@ -163,7 +207,7 @@ def _is_recipe(text: str) -> bool:
     return text.endswith((".yaml", ".yml"))
 
 
-def _parse(kind, default, given: list[str], command: str):
+def _parse(kind: type[Options], default: Options, given: list[str], command: str) -> Options:
     return tyro.cli(kind, default=default, args=given, prog=f"metatrain {command}", use_underscores=True)
 
 
@@ -191,6 +235,61 @@ def _train(given: list[str]) -> None:
     print(f"trained: {options.recipe.run_url}")
     print(f"  metatrain evaluate {options.recipe.run_url}")
     print(f"  tensorboard --logdir {storage.join(options.recipe.run_url, 'tensorboard')}")
+
+
+def _submit(given: list[str]) -> None:
+    subject, rest = _subject(given, "submit", "a recipe (a YAML file)")
+    recipe = load_config(subject) if subject else Config()
+    options = _parse(SubmitArguments, SubmitArguments(recipe), rest, "submit RECIPE.yaml")
+    metadata, environment = _pairs(options.metadata, "--metadata"), _pairs(options.env, "--env")
+    from metatrain.data.dataset import TaskDataset
+
+    # The commonest mistake is told in a second, before torch and Ray are imported.
+    TaskDataset.open(options.recipe.data.dataset)
+    from metatrain.submit.commands import render, submit
+
+    if options.render:
+        print(render(options.recipe, options.image, environment), end="")
+        return
+    sys.exit(
+        submit(
+            options.recipe,
+            options.address,
+            submission_id=options.submission_id,
+            metadata=metadata,
+            environment=environment,
+            upload=options.code == "upload",
+            wait=options.wait,
+            dry_run=options.dry_run,
+        )
+    )
+
+
+def _job(given: list[str]) -> None:
+    actions = ("list", "status", "logs", "stop")
+    action, rest = _subject(given, "job", f"one of {', '.join(actions)}")
+    if action and action not in actions:
+        raise ConfigError("There is no such action.", got=action, remedy=f"One of: {', '.join(actions)}.")
+    subject, rest = (rest[0], rest[1:]) if rest and not rest[0].startswith("-") else ("", rest)
+    options = _parse(JobArguments, JobArguments(), rest, f"job {action or '|'.join(actions)}")
+    if action != "list" and not subject:
+        raise ConfigError(f"`metatrain job {action}` needs a job's ID, a recipe or a run.", remedy="Name it.")
+    from metatrain.submit.commands import job
+
+    sys.exit(job(action, _run_url(subject) if _is_run(subject) else subject, options.address, wait=options.wait))
+
+
+def _pairs(texts: Sequence[str], where: str) -> dict[str, str]:
+    """NAME=VALUE texts as a mapping."""
+    for text in texts:
+        if not text.partition("=")[0].strip() or "=" not in text:
+            raise ConfigError("Not a NAME=VALUE pair.", where=where, got=text, remedy="Write NAME=VALUE.")
+    return {name: value for name, _, value in (text.partition("=") for text in texts)}
+
+
+def _is_run(subject: str) -> bool:
+    """Whether a recipe or a run's folder is named, rather than a job."""
+    return _is_recipe(subject) or "/" in subject
 
 
 def _run_url(subject: str) -> str:

@@ -9,6 +9,7 @@ the file: `--train.epochs 3`.
 from __future__ import annotations
 
 import difflib
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -547,17 +548,23 @@ def load_config(path: str, changes: Mapping[str, Any] | None = None, where: str 
 
 
 def read_yaml(path: str) -> dict[str, Any]:
-    """A YAML file's mapping as it stands.
+    """A YAML file's mapping as it stands; `env:NAME` is the text of an environment variable, as a cluster's job has it.
 
     Raises:
         ConfigError: The file is missing, is not YAML, or holds something else.
     """
-    if not storage.exists(path):
+    if path.startswith("env:"):
+        text = os.environ.get(path.removeprefix("env:"))
+        if text is None:
+            raise ConfigError("There is no such environment variable.", where=path, remedy="Set it, or name a file.")
+    elif not storage.exists(path):
         raise ConfigError(
             "There is no such configuration file.", where=path, remedy="Check the path; recipes are in configs/."
         )
+    else:
+        text = storage.read_text(path)
     try:
-        raw = yaml.safe_load(storage.read_text(path)) or {}
+        raw = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
         raise ConfigError(f"Not YAML: {error}", where=path, remedy="Mend the syntax.") from error
     if not isinstance(raw, dict):

@@ -69,3 +69,7 @@ class RequestError(MetatrainError):
 
 class TrainingError(MetatrainError):
     """A run that cannot go on: no eligible task, a loss that is not finite."""
+
+
+class ClusterError(MetatrainError):
+    """A cluster that cannot be reached, or that refuses a job."""

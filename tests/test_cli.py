@@ -8,7 +8,7 @@ import yaml
 
 from metatrain.cli import main
 
-COMMANDS = ("prepare", "train", "evaluate", "compare", "recommend", "config", "doctor")
+COMMANDS = ("prepare", "train", "evaluate", "compare", "recommend", "submit", "job", "config", "doctor")
 
 
 def test_without_arguments_the_commands_are_shown(capsys):
@@ -43,6 +43,11 @@ def test_overrides_reach_the_resolved_configuration(tmp_path, capsys):
         (["recommend", "runs/x"], "--events FILE"),
         (["evaluate", "no/such/run"], "no checkpoint"),
         (["compare"], "needs a leaderboard file"),
+        (["submit"], "needs a recipe"),
+        (["submit", "configs/demo.yaml", "--env", "NAME"], "NAME=VALUE"),
+        (["job"], "list, status, logs, stop"),
+        (["job", "end", "a"], "no such action"),
+        (["job", "stop"], "needs a job's ID"),
         (["compare", "none.yaml", "--out", "x"], "no such configuration file"),
     ],
 )

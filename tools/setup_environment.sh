@@ -3,7 +3,7 @@
 #
 #   tools/setup_environment.sh runtime       what metatrain runs on (requirements/base.txt and the tables' flavour)
 #   tools/setup_environment.sh package       metatrain itself, editable
-#   tools/setup_environment.sh development   tests and linters (requirements/dev.txt)
+#   tools/setup_environment.sh development   tests and linters (requirements/dev.txt, requirements/s3.txt)
 #
 # PYTHON=…        the Python 3.11 to use (default: python3.11, else python3 where that is 3.11)
 # FBGEMM=cpu|gpu  the flavour of FBGEMM (default: gpu where the NVIDIA driver's library can be loaded, else cpu)
@@ -69,7 +69,7 @@ $output"
 
 development() {
     say "installing tests and linters (under a minute)"
-    add --requirement requirements/dev.txt
+    add --requirement requirements/dev.txt --requirement requirements/s3.txt
 }
 
 case "${1:-}" in

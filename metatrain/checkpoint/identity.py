@@ -49,6 +49,22 @@ def check_identity(saved: dict[str, Any], current: dict[str, Any], where: str) -
         )
 
 
+def check_begun(saved: dict[str, Any], current: dict[str, Any], where: str) -> None:
+    """Refuses to take the name of a run that was begun with another model or plan and has no checkpoint yet.
+
+    Raises:
+        CheckpointError: Names every field that differs, with both values.
+    """
+    if shown := _differing(saved, current):
+        raise CheckpointError(
+            "A run of this name was begun with another model or plan than this configuration.",
+            where=where,
+            got=shown,
+            remedy="Give the new configuration another `run.name`, or restore the values that differ. It has no "
+            "checkpoint yet: deleting this file loses nothing.",
+        )
+
+
 def check_scoring(saved: dict[str, Any], current: dict[str, Any], where: str) -> None:
     """Refuses to score with a checkpoint of another model, meta-learner or dataset; how it was trained is not asked.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -39,6 +40,8 @@ from metatrain.train.worker import Seat, is_over, last_step, train
 
 log = logging.getLogger("metatrain")
 
+#: Variable of a submitted job that holds its recipe (see `metatrain.submit`).
+RECIPE_VARIABLE = "METATRAIN_RECIPE"
 #: Attempts to start the workers, a minute each, before a run gives up.
 START_ATTEMPTS = 30
 #: Bound of a collective where hanging workers are not looked for: torch's own.
@@ -68,12 +71,14 @@ def launch(config: Config, address: str | None = None, work: Callable[[Config, S
 
 def located(config: Config) -> Config:
     """The same configuration with absolute paths: a Ray worker has another working folder."""
+    # A submitted job's processes each work in their node's copy of its folder, which is elsewhere on each.
+    file_name = str if RECIPE_VARIABLE in os.environ else absolute_name
     return config.model_copy(
         update={
             "run": config.run.model_copy(update={"storage": storage.absolute(config.run.storage)}),
             "data": config.data.model_copy(update={"dataset": storage.absolute(config.data.dataset)}),
-            "model": config.model.model_copy(update={"learner": absolute_name(config.model.learner)}),
-            "meta": config.meta.model_copy(update={"algorithm": absolute_name(config.meta.algorithm)}),
+            "model": config.model.model_copy(update={"learner": file_name(config.model.learner)}),
+            "meta": config.meta.model_copy(update={"algorithm": file_name(config.meta.algorithm)}),
         }
     )
 
