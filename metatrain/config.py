@@ -433,6 +433,9 @@ class TrainConfig(Section):
     """Steps between lines in TensorBoard."""
     seed: int = 0
     """Seed of the initial weights and of the epoch plans."""
+    audit: bool = False
+    """Whether every rank writes down which tasks it trained in which step, in RUN/audit, a folder on a disk:
+    `tools/audit.py RUN` then tells whether the weights have seen every task exactly once an epoch."""
 
     @property
     def least_workers(self) -> int:

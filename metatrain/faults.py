@@ -35,7 +35,7 @@ VARIABLE = "METATRAIN_FAULTS"
 
 #: Where faults may fire. `epoch` and `step` of `reader.read` are of the plan; other steps are of the whole run.
 POINTS = (
-    "train.read",  # before a step's batch is taken from the readers
+    "train.read",  # as a step's batch comes from the readers
     "train.lookup",  # before a step asks for its rows
     "train.backward",  # between a step's loss and its backward pass, which updates the tables
     "train.update",  # after the backward pass, before dense parameters change
@@ -46,7 +46,7 @@ POINTS = (
     "checkpoint.commit",  # before the marker is written
     "checkpoint.committed",  # after that, before old ones are removed
     "checkpoint.prune",  # between removals
-    "reader.read",  # in a reader, before it makes a batch
+    "reader.read",  # in a reader, before it makes batches; `step` is the last of them
     "storage.open",
     "storage.write",
     "storage.read",

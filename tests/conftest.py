@@ -30,7 +30,27 @@ def _stage(item: pytest.Item) -> int:
 
 
 @pytest.fixture(scope="session")
-def ray_session() -> Iterator[None]:
+def plan_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The plan of faults, empty but for tests that write one, which every process started from now on reads."""
+    from metatrain import faults
+
+    path = str(tmp_path_factory.mktemp("faults") / "plan.json")
+    faults.write_plan(path, [])
+    os.environ[faults.VARIABLE] = path
+    return path
+
+
+@pytest.fixture
+def fault_plan(plan_file: str) -> Iterator[str]:
+    """The plan's file, to be written to; empty again after the test."""
+    from metatrain import faults
+
+    yield plan_file
+    faults.write_plan(plan_file, [])
+
+
+@pytest.fixture(scope="session")
+def ray_session(plan_file: str) -> Iterator[None]:
     """One small local Ray for every test that asks for it: starting one takes longer than most tests."""
     import ray
 

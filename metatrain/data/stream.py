@@ -28,6 +28,7 @@ from ray.exceptions import (
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from metatrain import faults
 from metatrain.config import DataConfig
 from metatrain.data.assemble import concatenate_batches
 from metatrain.data.batch import TaskBatch, TaskBatches
@@ -62,6 +63,7 @@ class TaskReader:
 
     def open(self) -> int:
         """Opens the dataset; the process's id. Not in the constructor, whose errors Ray reports as a death."""
+        faults.refresh()
         self._reader = BatchReader.from_config(self._url, **self._options, read_ahead=True, verify=False)
         gc.freeze()  # what is loaded stays: without this, collections that look through it take a tenth of the time
         return os.getpid()
@@ -69,6 +71,7 @@ class TaskReader:
     def read(self, epoch: int, step: int, steps: int) -> TaskBatches:
         """This reader's part of the batches of consecutive steps."""
         assert self._reader is not None, "open comes first"
+        faults.point("reader.read", epoch=epoch, step=step + steps - 1)
         return self._reader.read_steps(epoch, step, steps, self._lanes)
 
 

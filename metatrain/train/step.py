@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from metatrain import faults
 from metatrain.config import Config
 from metatrain.data.batch import TaskBatch
 from metatrain.data.dataset import TaskDataset
@@ -80,6 +81,7 @@ class OuterLoop:
         share = rate_share(self._config, step, self._last)
         rate, table_rate = share * self._config.rate, share * self._config.table_rate
         self._distributed.set_table_rate(table_rate)  # before backward, which updates the tables
+        faults.point("train.lookup", step=step)
         asked, self._ahead = self._asked(batch, step), None
         laps.lap("rest")
         if following is not None:
@@ -89,9 +91,11 @@ class OuterLoop:
         if self._ahead is not None:
             self._ahead[2].request.send()
         self._pulse.enter("backward")
+        faults.point("train.backward", step=step)
         output.loss.backward()
         laps.lap("backward")
         self._pulse.enter("update")
+        faults.point("train.update", step=step)
         # A GPU's answer of this step would have to be waited for; the one of the step before is there.
         known, self._before = self._before if sums.on_gpu else sums, sums
         wished = known is not None and known.wished()

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from metatrain import faults
 from metatrain.checkpoint import MODEL, Cursor, committed_steps, load_checkpoint, read_marker, save_checkpoint
 from metatrain.checkpoint.identity import check_identity, identity
 from metatrain.config import Config
@@ -27,6 +28,7 @@ from metatrain.model.build import build_model
 from metatrain.model.sharding import OPTIMIZER_PREFIX, distribute
 from metatrain.observe.laps import Laps
 from metatrain.observe.tensorboard import Board
+from metatrain.train.audit import AuditLog, next_attempt
 from metatrain.train.early_stopping import Patience
 from metatrain.train.outer import DenseOptimizer
 from metatrain.train.pulse import Asked, Pulse
@@ -98,6 +100,10 @@ class Training:
         self.board = Board(config.run_url, self.cursor.total) if seat.rank == 0 else None
         if self.board is not None:
             write_texts(self.board, config, self.dataset)
+        self.audit: AuditLog | None = None
+        if config.train.audit:
+            attempt = next_attempt(config.run_url)
+            self.audit = AuditLog(config.run_url, attempt, self.cursor, seat.rank, seat.world_size)
 
     def run(self) -> None:
         """Trains to the end."""
@@ -110,6 +116,8 @@ class Training:
                 goes_on = self.cursor.total + 1 < self.last
                 wish = self.seat.asked.pending
                 outcome = self.outer.step(batch, self.cursor.total, following if goes_on else None, wish=wish > 0)
+                if self.audit is not None:
+                    self.audit.add(self.cursor, batch)
                 self.cursor = Cursor(epoch=epoch, step=self.cursor.step + 1, total=self.cursor.total + 1)
                 self.totals.add(outcome, batch)
                 ends = self.cursor.total == self.last or self.cursor.step == self.steps_of[epoch]
@@ -137,7 +145,9 @@ class Training:
         """This worker's batches of an epoch from the cursor on, as tensors on its device."""
 
         def arrived() -> Iterator[TaskBatch]:
-            for batch in self.stream.batches(epoch, self.cursor.step):
+            coming = enumerate(self.stream.batches(epoch, self.cursor.step), self.cursor.total)
+            for step, batch in coming:
+                faults.point("train.read", step=step, rank=self.seat.rank)
                 self.laps.lap("wait")
                 yield batch
 
@@ -151,6 +161,8 @@ class Training:
         self.validation.close()
         if self.board is not None:
             self.board.close()
+        if self.audit is not None:
+            self.audit.close()
 
     def _over(self) -> bool:
         return is_over(self.config, self.cursor, self.last, self.patience)
@@ -214,6 +226,8 @@ class Training:
         if outcome is not None:
             # Equal on all ranks, and not finite where any rank's loss was: such weights must not become a checkpoint.
             self._check_finite(float(outcome.gradient_norm), "gradient norm")
+        if self.audit is not None:
+            self.audit.sync()
         config = self.config
         self.pulse.enter("checkpoint", self.cursor.total)
         save_checkpoint(
@@ -260,6 +274,7 @@ def _with_next(batches: Iterator[TaskBatch]) -> Iterator[tuple[TaskBatch, TaskBa
 
 def train(config: Config, seat: Seat) -> None:
     """Trains `config` to its end on this rank."""
+    faults.refresh()
     training = Training(config, seat)
     try:
         training.run()
