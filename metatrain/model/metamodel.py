@@ -36,6 +36,8 @@ class StepOutput(NamedTuple):
     after: Tensor  # scalar: the same after adaptation
     gains: Tensor  # [T]: before - after of each task
     tasks: int  # T
+    rows: int  # looked up: each id of this rank once, where they are deduplicated
+    row_squares: Tensor  # scalar: sum of the squares of these rows' numbers
 
 
 class Asked(NamedTuple):
@@ -121,7 +123,10 @@ class MetaModel(nn.Module):
         loss = total * (world_size / (tasks_global() if callable(tasks_global) else tasks_global))
         if self._table_decay and torch.is_grad_enabled():
             loss = loss + (0.5 * self._table_decay * world_size) * self.tables.touched_norm(found)
-        return StepOutput(loss, before.sum(), after.sum(), before - after, batch.size)
+        looked_up = [rows.detach() for _, rows in found.tables.values()]
+        squares = torch.stack([total.detach().new_zeros(()), *(rows.norm() for rows in looked_up)]).square().sum()
+        count = sum(rows.shape[0] for rows in looked_up)
+        return StepOutput(loss, before.sum(), after.sum(), before - after, batch.size, count, squares)
 
     def ask(self, batch: TaskBatch, step: int) -> Asked:
         """Begins the lookup of a batch; no row is read before `forward`. Collective, as `forward` is."""

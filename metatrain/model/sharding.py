@@ -8,7 +8,7 @@ as DDP's is for dense parameters.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -42,6 +42,17 @@ _OPTIMIZERS = {
 }
 
 
+class PlannedTable(NamedTuple):
+    """How a table lies on the ranks."""
+
+    table: str
+    rows: int
+    width: int
+    sharding: str
+    kernel: str
+    rows_of_ranks: tuple[int, ...]
+
+
 class Distributed:
     """A module with sharded tables and replicated dense parameters. Made by `distribute`.
 
@@ -59,6 +70,23 @@ class Distributed:
         """The parameters for the outer optimizer, by their names in `model`: all but the tables."""
         sharded = set(DistributedModelParallel._sharded_parameter_names(self.model))
         return {name: parameter for name, parameter in self.model.named_parameters() if name not in sharded}
+
+    def plan(self) -> list[PlannedTable]:
+        """The sharding plan, as TorchRec carries it out."""
+        of_table = {
+            name: sharding
+            for of_module in self._wrapped.plan.plan.values()
+            for name, sharding in cast(dict[str, Any], of_module).items()
+        }
+        specs = [spec for tables in self.model.modules() if isinstance(tables, Tables) for spec in tables.specs]
+        planned = []
+        for spec in specs:
+            sharding = of_table[spec.name]
+            rows = tuple(shard.shard_sizes[0] for shard in sharding.sharding_spec.shards)
+            planned.append(
+                PlannedTable(spec.name, spec.rows, spec.width, sharding.sharding_type, sharding.compute_kernel, rows)
+            )
+        return planned
 
     def set_table_rate(self, rate: float) -> None:
         """Sets the learning rate of the tables' fused optimizer, from the next backward pass on."""

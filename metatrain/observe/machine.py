@@ -36,6 +36,12 @@ def memory_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     return min(limits)
 
 
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM now, what it shares with others included."""
+    pages = _text(Path("/proc/self/statm")).split()
+    return int(pages[1]) * os.sysconf("SC_PAGE_SIZE") if len(pages) > 1 else 0
+
+
 def _text(path: Path) -> str:
     try:
         return path.read_text().strip()

@@ -1,8 +1,7 @@
-"""One step of the outer loop, and the sums that become curves. Collective: all ranks call these together."""
+"""One step of the outer loop, and the losses of validation. Collective: all ranks call these together."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -19,7 +18,7 @@ from metatrain.data.manifest import ItemSet, Split
 from metatrain.data.reader import BatchReader
 from metatrain.model.metamodel import Asked, MetaModel, StepOutput
 from metatrain.model.sharding import Distributed
-from metatrain.observe.laps import STAGES, Laps
+from metatrain.observe.laps import Laps
 from metatrain.train.outer import DenseOptimizer, rate_share
 from metatrain.train.pulse import Pulse
 
@@ -184,55 +183,3 @@ def validation_losses(
     before, after, tasks = sums.tolist()
     assert tasks, "launch.check has found a task"
     return before / tasks, after / tasks
-
-
-class Totals:
-    """Sums over the steps since the last line of the curves, reduced over ranks only when a line is due."""
-
-    _SUMS = 6  # of `add`'s, before the seconds of the stages and `due`
-
-    def __init__(self, device: torch.device, laps: Laps) -> None:
-        self._device, self._laps = device, laps
-        self.restart()
-
-    def restart(self) -> None:
-        """Forgets what was added: a new line of the curves begins now."""
-        self._sums = torch.zeros(self._SUMS + len(STAGES) + 1, dtype=torch.float64, device=self._device)
-        self._steps, self._clock = 0, time.monotonic()
-        self._last: Outcome | None = None
-        self._laps.take()
-
-    def add(self, outcome: Outcome, batch: TaskBatch) -> None:
-        """Adds a step."""
-        out = outcome.output
-        self._sums[:3] += torch.stack([out.before, out.after, (out.gains > 0).sum().to(out.after)]).to(self._sums)
-        counts = torch.tensor([batch.size, batch.skipped, batch.labels.shape[0]], dtype=torch.float64)
-        self._sums[3 : self._SUMS] += counts.to(self._device, non_blocking=True)
-        self._steps, self._last = self._steps + 1, outcome
-
-    def reduce(self, due: bool) -> tuple[dict[str, float], bool]:
-        """The curves of the steps since the last call, equal on all ranks, and whether any rank said `due`."""
-        assert self._last is not None, "reduce follows at least one add"
-        seconds = max(time.monotonic() - self._clock, 1e-9)
-        stages = self._laps.take()
-        self._sums[self._SUMS :] = torch.tensor([*(stages[name] for name in STAGES), float(due)])
-        dist.all_reduce(self._sums)
-        before, after, improved, tasks, skipped, events, *spent, anyone_due = self._sums.tolist()
-        count = max(tasks, 1.0)
-        curves = {
-            "learning/loss_before": before / count,
-            "learning/loss_after": after / count,
-            "learning/gain": (before - after) / count,
-            "learning/improved_share": improved / count,
-            "health/gradient_norm": float(self._last.gradient_norm),
-            "rates/outer": self._last.rate,
-            "rates/tables": self._last.table_rate,
-            "health/skipped_tasks": skipped,
-            "speed/tasks_per_second": tasks / seconds,
-            "speed/events_per_second": events / seconds,
-            "speed/step_seconds": seconds / self._steps,
-            # Shares of the time, the mean of the ranks': they add up to 1.
-            **{f"time/{name}": of_stage / max(sum(spent), 1e-9) for name, of_stage in zip(STAGES, spent, strict=True)},
-        }
-        self.restart()
-        return curves, anyone_due > 0

@@ -27,13 +27,13 @@ from metatrain.errors import TrainingError
 from metatrain.model.build import build_model
 from metatrain.model.sharding import OPTIMIZER_PREFIX, distribute
 from metatrain.observe.laps import Laps
-from metatrain.observe.tensorboard import Board
 from metatrain.train.audit import AuditLog, next_attempt
 from metatrain.train.early_stopping import Patience
 from metatrain.train.outer import DenseOptimizer
 from metatrain.train.pulse import Asked, Pulse
-from metatrain.train.run_text import write_texts
-from metatrain.train.step import Outcome, OuterLoop, Totals, open_reader, validation_losses
+from metatrain.train.run_record import RunRecord
+from metatrain.train.step import Outcome, OuterLoop, open_reader, validation_losses
+from metatrain.train.totals import Totals
 from metatrain.train.transfer import device_batches
 
 
@@ -93,13 +93,11 @@ class Training:
         self.steps_of = [self.stream.steps(epoch) for epoch in range(config.train.epochs)]
         self.last = last_step(config, self.steps_of)
         self.laps = Laps(seat.device)
-        self.totals = Totals(seat.device, self.laps)
+        self.totals = Totals(seat.device, self.laps, config.train.optimizer.clip)
         self.outer = OuterLoop(
             self.distributed, self.optimizer, config, self.last, seat.world_size, self.laps, self.pulse
         )
-        self.board = Board(config.run_url, self.cursor.total) if seat.rank == 0 else None
-        if self.board is not None:
-            write_texts(self.board, config, self.dataset)
+        self.record = RunRecord(config, seat, self.dataset, self.distributed, self.cursor.total)
         self.audit: AuditLog | None = None
         if config.train.audit:
             attempt = next_attempt(config.run_url)
@@ -124,7 +122,7 @@ class Training:
                 due = self._due_by_steps()
                 if ends or self.cursor.total % config.train.log_every == 0:
                     self.pulse.enter("log", self.cursor.total)
-                    due |= self._log(outcome)
+                    due |= self._log()
                 if ends:
                     break
                 if outcome.wished:
@@ -138,6 +136,7 @@ class Training:
             metrics, improved = self._validate()
             if improved or due or self._over():
                 self._save(None, metrics)
+        self.record.end(self.cursor.total)
         self.pulse.enter("end", self.cursor.total)
         self.seat.tell({"done": self.cursor.total, "steps": self.last, "stopped_early": self.patience.exhausted})
 
@@ -159,8 +158,7 @@ class Training:
         """Ends the readers, and writes what is left of the curves."""
         self.stream.close()
         self.validation.close()
-        if self.board is not None:
-            self.board.close()
+        self.record.close()
         if self.audit is not None:
             self.audit.close()
 
@@ -188,18 +186,15 @@ class Training:
         every = self.config.train.checkpoint.every_steps
         return bool(every) and self.cursor.total - self.saved_at >= every
 
-    def _log(self, outcome: Outcome) -> bool:
+    def _log(self) -> bool:
         """Writes a line of the curves; returns whether a checkpoint is due by time, decided by all ranks together."""
         minutes = self.config.train.checkpoint.every_minutes
         # Clocks differ between ranks: one that says so decides for all.
-        curves, due = self.totals.reduce(bool(minutes) and time.monotonic() - self.saved_time > 60 * minutes)
+        due = bool(minutes) and time.monotonic() - self.saved_time > 60 * minutes
+        curves, gains, due = self.totals.reduce(due, self.stream.restarts)
         self._check_finite(curves["learning/loss_after"], "training loss")
         curves |= self.model.meta.curves()
-        if self.board is not None:
-            self.board.scalars(curves, self.cursor.total)
-            if outcome.output.tasks:  # of this rank, in this step
-                self.board.histogram("learning/gain a task", outcome.output.gains, self.cursor.total)
-            self.seat.tell({"step": self.cursor.total, "steps": self.last, "epoch": self.cursor.epoch, **curves})
+        self.record.line(self.cursor.total, self.last, self.cursor.epoch, curves, gains)
         return due
 
     def _validate(self) -> tuple[dict[str, float], bool]:
@@ -216,10 +211,8 @@ class Training:
         self._check_finite(after, "validation loss")
         # Cut short inside an epoch, the run may be continued: that must not cost it patience.
         improved = self.patience.judge(after) if at_epoch else after < self.patience.best
-        if self.board is not None:
-            curves = {"validation/loss_before": before, "validation/loss_after": after}
-            self.board.scalars(curves, self.cursor.total)
-        seat.tell({"step": self.cursor.total, "steps": self.last, "validation_loss": after, "best": improved})
+        best = min(self.patience.best, after)
+        self.record.validation(self.cursor.total, self.last, before, after, best, improved)
         return {"validation_loss": after}, improved
 
     def _save(self, outcome: Outcome | None, metrics: dict[str, float] | None = None) -> None:
@@ -230,19 +223,18 @@ class Training:
             self.audit.sync()
         config = self.config
         self.pulse.enter("checkpoint", self.cursor.total)
-        save_checkpoint(
-            config.run_url,
-            self._state(),
-            cursor=self.cursor,
-            identity=self.must_equal,
-            loop=self.patience.state(),
-            configuration=config.model_dump(mode="json"),
-            metrics=metrics or {},
-            keep=config.train.checkpoint.keep,
-        )
+        with self.record.saving(self.cursor.total, metrics or {}):
+            save_checkpoint(
+                config.run_url,
+                self._state(),
+                cursor=self.cursor,
+                identity=self.must_equal,
+                loop=self.patience.state(),
+                configuration=config.model_dump(mode="json"),
+                metrics=metrics or {},
+                keep=config.train.checkpoint.keep,
+            )
         self.saved_at, self.saved_time = self.cursor.total, time.monotonic()
-        if self.board is not None:
-            self.board.flush()
 
     def _save_at_once(self, outcome: Outcome, wish: int) -> None:
         """Saves because a rank was asked to, and lets those know who wait for it."""

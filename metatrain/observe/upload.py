@@ -1,0 +1,80 @@
+"""A local folder of growing files, kept on an object store by a thread: such stores cannot append."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+
+from metatrain import storage
+
+log = logging.getLogger("metatrain")
+
+#: The least time between two rounds: a round puts every file that has grown, whole.
+SECONDS_BETWEEN_ROUNDS = 10.0
+
+
+class Upload:
+    """Puts the files of a folder at a URL, again whenever they have grown, and removes those that have ended.
+
+    A store that fails does not end training: it is told in the log, and tried again with the next round.
+
+    Args:
+        folder: The local folder.
+        url: Where its files go.
+    """
+
+    def __init__(self, folder: str, url: str) -> None:
+        self._folder, self._url = folder, url
+        self._ended: set[str] = set()
+        self._sizes: dict[str, int] = {}  # as they are on the store
+        self._asked, self._over = threading.Event(), threading.Event()
+        self._failed = False
+        self._thread = threading.Thread(target=self._rounds, name="tensorboard-upload", daemon=True)
+        self._thread.start()
+
+    def soon(self) -> None:
+        """Asks for a round."""
+        self._asked.set()
+
+    def ended(self, name: str) -> None:
+        """Says that a file is written to its end: it is removed here once it is on the store."""
+        self._ended.add(name)
+
+    def close(self) -> bool:
+        """A last round; returns whether everything is on the store."""
+        self._over.set()
+        self._asked.set()
+        self._thread.join()
+        if not self._round():
+            log.warning("Curves could not be written to %s: they are in %s on this machine.", self._url, self._folder)
+            return False
+        return True
+
+    def _rounds(self) -> None:
+        while not self._over.is_set():
+            self._asked.wait()
+            self._asked.clear()
+            if not self._over.is_set():
+                self._round()
+                self._over.wait(SECONDS_BETWEEN_ROUNDS)
+
+    def _round(self) -> bool:
+        ended = set(self._ended)  # as it is before the files are read
+        try:
+            for name in sorted(os.listdir(self._folder)):
+                path = os.path.join(self._folder, name)
+                with open(path, "rb") as file:
+                    content = file.read()
+                if len(content) != self._sizes.get(name):
+                    storage.write_atomic(storage.join(self._url, name), content)
+                    self._sizes[name] = len(content)
+                if name in ended:
+                    os.unlink(path)
+        except Exception as error:  # whatever a store's own package raises
+            if not self._failed:
+                log.warning("Curves cannot be written to %s for now: %s: %s", self._url, type(error).__name__, error)
+            self._failed = True
+            return False
+        self._failed = False
+        return True
