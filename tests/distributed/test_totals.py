@@ -45,9 +45,11 @@ def taken(rank: int, step: int) -> tuple[Outcome, TaskBatch]:
 
 
 def line(rank: int, world_size: int) -> Any:
-    totals = Totals(torch.device("cpu"), Laps(), clip=CLIP)
+    laps = Laps()
+    totals = Totals(torch.device("cpu"), laps, clip=CLIP)
     for step in range(2):
         totals.add(*taken(rank, step))
+        laps.lap("inner_loop")
     first = totals.reduce(due=rank == 1, reader_restarts=rank + 1)
     totals.add(*taken(rank, 0))
     return first, totals.reduce(due=False)
