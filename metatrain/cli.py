@@ -22,6 +22,7 @@ USAGE = f"""metatrain {__version__}: meta-train recommenders that adapt to a new
   metatrain train RECIPE.yaml [--a.b value]   meta-train on Ray; the same command again goes on
   metatrain evaluate RUN                      quality on users and items never seen, beside baselines
   metatrain compare BOARD.yaml --out FOLDER   train and judge several methods alike: a leaderboard
+  metatrain replay RUN                        where the step that a run ended on stops being finite
   metatrain recommend RUN --events FILE       adapt to events, rank the catalogue
   metatrain submit RECIPE.yaml --address URL  train it on a Ray cluster, as a job; the same again goes on
   metatrain job list|status|logs|stop [ID]    the jobs of a cluster
@@ -128,6 +129,15 @@ class CompareArguments:
 
 
 @dataclass(frozen=True)
+class ReplayArguments:
+    """Trains again, in one process, from the checkpoint before the step that a run ended on, because a loss or gradient
+    was not finite or exploded; then shows all that this step read and made, and what was first not finite."""
+
+    format: Literal["table", "json"] = "table"
+    """A table for people, or JSON."""
+
+
+@dataclass(frozen=True)
 class RecommendArguments:
     """Adapts a run's model to users' events, and ranks the catalogue for each."""
 
@@ -164,6 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "train": _train,
         "evaluate": _evaluate,
         "compare": _compare,
+        "replay": _replay,
         "recommend": _recommend,
         "submit": _submit,
         "job": _job,
@@ -331,6 +342,15 @@ def _compare(given: list[str]) -> None:
     print(text(board), end="")
     if board.failed:
         sys.exit(1)
+
+
+def _replay(given: list[str]) -> None:
+    subject, rest = _subject(given, "replay", "a RUN (its folder, or its recipe)")
+    options = _parse(ReplayArguments, ReplayArguments(), rest, "replay RUN")
+    from metatrain.train.replay import replay
+
+    seen = replay(_run_url(subject))
+    print(seen.model_dump_json(indent=1) if options.format == "json" else seen.text())
 
 
 def _recommend(given: list[str]) -> None:

@@ -24,7 +24,7 @@ from metatrain.meta.episode import Episodes, Examples, Sizes, Slots
 from metatrain.meta.learner import MetaLearner
 from metatrain.model.features import Assembled, Featurizer
 from metatrain.model.places import candidate_slots
-from metatrain.model.tables import Request, Tables
+from metatrain.model.tables import Held, Request, Tables
 from metatrain.observe.laps import Laps
 
 
@@ -38,6 +38,7 @@ class StepOutput(NamedTuple):
     tasks: int  # T
     rows: int  # looked up: each id of this rank once, where they are deduplicated
     row_squares: Tensor  # scalar: sum of the squares of these rows' numbers
+    held: Held | None = None  # gradients of rows that wait for `pass_on`
 
 
 class Asked(NamedTuple):
@@ -84,6 +85,7 @@ class MetaModel(nn.Module):
         world_size: int = 1,
         asked: Asked | None = None,
         laps: Laps | None = None,
+        hold: bool = False,
     ) -> StepOutput:
         """The meta-loss of this rank's tasks; every rank must call it, if only with a batch of no tasks.
 
@@ -100,10 +102,11 @@ class MetaModel(nn.Module):
             world_size: Number of ranks.
             asked: What `ask` gave for this batch and step. Default: asked now.
             laps: Told of the stages.
+            hold: Whether the backward pass ends before the tables, and goes on by `StepOutput.held`.
         """
         laps = laps or Laps(batch.labels.device)
         ids, request = asked or self.ask(batch, step)
-        found = self.tables.lookup(request)
+        found = self.tables.lookup(request, hold)
         laps.lap("lookup")
         if batch.size:
             buckets = self._buckets(batch)
@@ -126,7 +129,7 @@ class MetaModel(nn.Module):
         looked_up = [rows.detach() for _, rows in found.tables.values()]
         squares = torch.stack([total.detach().new_zeros(()), *(rows.norm() for rows in looked_up)]).square().sum()
         count = sum(rows.shape[0] for rows in looked_up)
-        return StepOutput(loss, before.sum(), after.sum(), before - after, batch.size, count, squares)
+        return StepOutput(loss, before.sum(), after.sum(), before - after, batch.size, count, squares, found.held)
 
     def ask(self, batch: TaskBatch, step: int) -> Asked:
         """Begins the lookup of a batch; no row is read before `forward`. Collective, as `forward` is."""

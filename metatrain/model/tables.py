@@ -90,6 +90,32 @@ class Lookup:
 
     features: dict[str, Tensor]  # feature → [n_f, D], a row for each of its ids
     tables: dict[str, tuple[Tensor, Tensor]]  # table → the ids looked up [K], their rows [K, D]
+    held: Held | None = None
+
+
+class Held:
+    """Rows whose gradients wait: a backward pass ends at them; `pass_on` takes it further, or zeros in its place."""
+
+    def __init__(self) -> None:
+        self._pairs: list[tuple[Tensor, Tensor]] = []  # the rows, and what the loss sees of them
+
+    def hold(self, rows: Tensor) -> Tensor:
+        """The rows as a leaf."""
+        leaf = rows.detach().requires_grad_()
+        self._pairs.append((rows, leaf))
+        return leaf
+
+    def gradients(self) -> list[Tensor]:
+        """The gradients that wait; zeros where none came."""
+        return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for _, leaf in self._pairs]
+
+    def pass_on(self, taken: bool) -> None:
+        """Ends the backward pass, which updates the tables. Collective. Not taken: by zeros, which change no row."""
+        gradients = self.gradients()
+        # Every table on every rank, or ranks would wait for one another.
+        torch.autograd.backward(
+            [rows for rows, _ in self._pairs], gradients if taken else [g.zero_() for g in gradients]
+        )
 
 
 class Tables(nn.Module):
@@ -168,19 +194,27 @@ class Tables(nn.Module):
         sizes = {feature: tensor.numel() for feature, tensor in ids.items()}
         return Request(asked, sizes, keys, positions, exchanges)
 
-    def lookup(self, request: Request) -> Lookup:
-        """The rows that were asked for, as they are now."""
+    def lookup(self, request: Request, hold: bool = False) -> Lookup:
+        """The rows that were asked for, as they are now.
+
+        Args:
+            request: From `request`.
+            hold: Whether gradients wait at the rows: see `Held`.
+        """
         request.send()
         found = [(specs, exchange.rows()) for specs, exchange in request.exchanges]
         keys = request.keys
         tables = {spec.name: (keys[spec.name], rows[spec.name].values()) for specs, rows in found for spec in specs}
+        held = Held() if hold else None
+        if held is not None:
+            tables = {name: (ids, held.hold(rows)) for name, (ids, rows) in tables.items()}
         features: dict[str, Tensor] = {}
         for name, names in request.asked.items():
             rows = tables[name][1]
             if name in request.positions:
                 rows = rows.index_select(0, request.positions[name])
             features.update(zip(names, rows.split([request.sizes[feature] for feature in names]), strict=True))
-        return Lookup(features, tables)
+        return Lookup(features, tables, held)
 
     def touched_norm(self, found: Lookup) -> Tensor:
         """This rank's part of the sum of squares of all rows that any rank looked up in this step.

@@ -40,6 +40,10 @@ class TrainingProgress:
             self._say("the validation loss has stopped falling")
         if "done" in message:
             self._say(f"training is at its end: {message['done']} of at most {message['steps']} steps")
+            if message["skipped"]:
+                named = ", ".join(map(str, message["skipped_steps"]))
+                more = ", …" if message["skipped"] > len(message["skipped_steps"]) else ""
+                self._say(f"skipped steps, not finite or exploding: {message['skipped']} ({named}{more})")
 
     def close(self) -> None:
         """Ends the bar."""

@@ -42,8 +42,10 @@ log = logging.getLogger("metatrain")
 
 #: Variable of a submitted job that holds its recipe (see `metatrain.submit`).
 RECIPE_VARIABLE = "METATRAIN_RECIPE"
-#: Attempts to start the workers, a minute each, before a run gives up.
-START_ATTEMPTS = 30
+#: Seconds that the workers' room is waited for before their number is thought of again, and attempts in all: half an
+#: hour. A node that has just died still counts for some seconds, so a number that may change is thought of more often.
+START_SECONDS, START_ATTEMPTS = 60, 30
+START_SECONDS_OF_A_RANGE, START_ATTEMPTS_OF_A_RANGE = 20, 90
 #: Bound of a collective where hanging workers are not looked for: torch's own.
 COLLECTIVE_SECONDS = 1800
 
@@ -166,7 +168,11 @@ def _worker_loop(settings: dict[str, Any]) -> None:
 
 
 def _fit(config: Config, work: Callable[[Config, Seat], None]) -> None:
-    rules = config.train
+    rules, ranged = config.train, isinstance(config.train.workers, tuple)
+    seconds, attempts = (
+        (START_SECONDS_OF_A_RANGE, START_ATTEMPTS_OF_A_RANGE) if ranged else (START_SECONDS, START_ATTEMPTS)
+    )
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(seconds)  # Ray Train has no other way to say it
     teller = make_teller(rules.backoff_seconds)
     fs, path = storage.filesystem(config.run_url)
     storage.make_folder(config.run_url)
@@ -195,8 +201,8 @@ def _fit(config: Config, work: Callable[[Config, Seat], None]) -> None:
             storage_filesystem=pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs)),
             failure_config=ray.train.FailureConfig(
                 max_failures=rules.max_failures,
-                # Of starting the workers, each after a minute's wait: time for a cluster to grow, but not for ever.
-                controller_failure_limit=START_ATTEMPTS,
+                # Of starting the workers: time for a cluster to grow, but not for ever.
+                controller_failure_limit=attempts,
             ),
             logging_config=LoggingConfig(log_level="ERROR"),
             # Ray Train takes callbacks of its controller too, though the type names only one kind.

@@ -39,14 +39,20 @@ class DenseOptimizer:
                 "exp_avg_sq": torch.zeros_like(p),
             }
 
-    def update(self, rate: float) -> Tensor:
-        """Clips, updates with `rate`, and forgets the gradients. Returns the gradient's norm before clipping."""
-        norm = nn.utils.clip_grad_norm_(self._parameters.values(), self._clip if self._clip else math.inf)
+    def clip(self) -> Tensor:
+        """Clips the gradients as a whole; returns their norm before that."""
+        return nn.utils.clip_grad_norm_(self._parameters.values(), self._clip if self._clip else math.inf)
+
+    def update(self, rate: float) -> None:
+        """Updates with `rate`, and forgets the gradients."""
         for group in self._adam.param_groups:
             group["lr"] = rate
         self._adam.step()
+        self.forget()
+
+    def forget(self) -> None:
+        """Forgets the gradients."""
         self._adam.zero_grad(set_to_none=True)
-        return norm
 
     def state_dict(self) -> dict[str, Tensor]:
         """The moments by `NAME.MOMENT`: the very tensors, so that loading into them in place restores the optimizer."""

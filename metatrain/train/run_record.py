@@ -6,6 +6,7 @@ of the curves did not need already.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -63,12 +64,13 @@ class RunRecord:
         seconds = curves["speed/step_seconds"] * (step - self._line_at)
         self._line_at = step
         self._tasks, self._seconds = self._tasks + curves["speed/tasks_per_second"] * seconds, self._seconds + seconds
-        self._final["final/training_loss"] = curves["learning/loss_after"]
+        if math.isfinite(curves["learning/loss_after"]):  # it is not where all steps of the line were skipped
+            self._final["final/training_loss"] = curves["learning/loss_after"]
         norm = torch.stack([p.detach().norm() for p in self._dense]).norm() if self._dense else 0.0
         told = {**curves, "health/parameter_norm": float(norm), "speed/restarts": float(self._board.restarts)}
         if len(gains):
             self._board.histogram("learning/gain_of_tasks", gains, step)
-        self._board.scalars(told, step)
+        self._board.scalars({name: value for name, value in told.items() if math.isfinite(value)}, step)
         self._tell({"step": step, "steps": of, "epoch": epoch, **told})
 
     def validation(self, step: int, of: int, before: float, after: float, best: float, improved: bool) -> None:

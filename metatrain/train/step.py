@@ -19,6 +19,7 @@ from metatrain.data.reader import BatchReader
 from metatrain.model.metamodel import Asked, MetaModel, StepOutput
 from metatrain.model.sharding import Distributed
 from metatrain.observe.laps import Laps
+from metatrain.train.guard import Guard
 from metatrain.train.outer import DenseOptimizer, rate_share
 from metatrain.train.pulse import Pulse
 
@@ -31,6 +32,7 @@ class Outcome:
     gradient_norm: Tensor  # of the dense meta-gradient, before clipping
     rate: float  # of the dense parameters
     table_rate: float
+    skipped: bool = False  # whether nothing was updated, since a loss or gradient of a rank was not good
     wished: bool = False  # whether a rank wished for a checkpoint: at this step's start; on a GPU, at the step before
 
 
@@ -45,6 +47,7 @@ class OuterLoop:
         world_size: Number of ranks.
         laps: Told of the stages.
         pulse: Told of them before they begin.
+        guard: Judges the steps. Default: none are judged.
     """
 
     def __init__(
@@ -56,10 +59,11 @@ class OuterLoop:
         world_size: int,
         laps: Laps | None = None,
         pulse: Pulse | None = None,
+        guard: Guard | None = None,
     ) -> None:
         self._distributed, self._optimizer, self._config = distributed, optimizer, config.train.optimizer
         self._last, self._world_size, self._laps = last, world_size, laps
-        self._pulse = pulse or Pulse()
+        self._pulse, self._guard = pulse or Pulse(), guard
         self._model = cast(MetaModel, distributed.model)
         self._ahead: tuple[TaskBatch, int, Asked] | None = None
         self._before: _Sums | None = None
@@ -86,7 +90,8 @@ class OuterLoop:
         if following is not None:
             self._ahead = following, step + 1, self._model.ask(following, step + 1)
             laps.lap("lookup")
-        output: StepOutput = self._distributed.module(batch, step, sums.tasks, self._world_size, asked, laps)
+        hold = self._guard is not None and self._guard.skips
+        output: StepOutput = self._distributed.module(batch, step, sums.tasks, self._world_size, asked, laps, hold)
         if self._ahead is not None:
             self._ahead[2].request.send()
         self._pulse.enter("backward")
@@ -95,14 +100,30 @@ class OuterLoop:
         laps.lap("backward")
         self._pulse.enter("update")
         faults.point("train.update", step=step)
+        norm = self._optimizer.clip()
+        taken = self._taken(step, output, norm)
+        if taken:
+            self._optimizer.update(rate)
+        else:
+            self._optimizer.forget()
         # A GPU's answer of this step would have to be waited for; the one of the step before is there.
         known, self._before = self._before if sums.on_gpu else sums, sums
         wished = known is not None and known.wished()
         if wished:
             self._before = None  # met now: the same wish, still said in this step, is not another one
-        outcome = Outcome(output, self._optimizer.update(rate), rate, table_rate, wished)
         laps.lap("update")
-        return outcome
+        return Outcome(output, norm, rate, table_rate, not taken, wished)
+
+    def _taken(self, step: int, output: StepOutput, norm: Tensor) -> bool:
+        """Judges a step whose gradients are there; whether its updates are to be made."""
+        if self._guard is None:
+            return True
+        if output.held is None:
+            self._guard.judge(step, output.loss, norm)
+            return True
+        taken = self._guard.agree(step, output.loss, norm, output.held.gradients())
+        output.held.pass_on(taken)
+        return taken
 
     def _asked(self, batch: TaskBatch, step: int) -> Asked | None:
         """What was asked ahead, if it was for this batch and step."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import torch
@@ -42,12 +43,16 @@ class Totals:
         self._by_support = torch.zeros(3, len(SUPPORT_FROM), dtype=torch.float64, device=self._device)
         self._gains: list[tuple[Tensor, Tensor]] = []  # of steps: gain and support events of each task
         self._kept, self._rows = 0, 0
-        self._steps, self._clock = 0, time.monotonic()
+        self._steps, self._skipped, self._clock = 0, 0, time.monotonic()
         self._last: Outcome | None = None
         self._laps.take()
 
     def add(self, outcome: Outcome, batch: TaskBatch) -> None:
         """Adds a step."""
+        self._steps, self._last = self._steps + 1, outcome
+        if outcome.skipped:
+            self._skipped += 1  # as all ranks know; what it would have added may not be finite
+            return
         out, norm = outcome.output, outcome.gradient_norm.detach().to(torch.float64)
         self._sums[:3] += torch.stack([out.before, out.after, out.row_squares]).to(self._sums)
         counts = torch.tensor([batch.size, batch.skipped, batch.labels.shape[0]], dtype=torch.float64)
@@ -62,7 +67,6 @@ class Totals:
                 self._sum_gains()
             self._gains.append((out.gains, batch.support_lengths))
             self._kept += out.tasks
-        self._steps, self._last = self._steps + 1, outcome
 
     def reduce(self, due: bool, reader_restarts: int = 0) -> tuple[dict[str, float], Tensor, bool]:
         """Ends a line.
@@ -90,7 +94,9 @@ class Totals:
         gain_of, tasks_of, improved_of = by_support.reshape(self._by_support.shape).tolist()
         rows, gib, restarted, anyone_due, *spent = of_hosts.tolist()
         norm_sum, norm_max, clipped = self._norms.tolist()
-        count, steps = max(tasks, 1.0), self._steps
+        steps, taken = self._steps, max(1, self._steps - self._skipped)
+        # Where every step was skipped there is no loss to tell.
+        count = math.nan if self._skipped == steps else max(tasks, 1.0)
         curves = {
             "learning/loss_before": before / count,
             "learning/loss_after": after / count,
@@ -101,12 +107,13 @@ class Totals:
                 for name, gain, number in zip(support_names(), gain_of, tasks_of, strict=True)
                 if number
             },
-            "health/gradient_norm": norm_sum / steps,
+            "health/gradient_norm": norm_sum / taken,
             "health/gradient_norm_max": norm_max,
-            **({"health/clipped_share": clipped / steps} if self._clip else {}),
-            "health/rows_touched": rows / steps,
+            **({"health/clipped_share": clipped / taken} if self._clip else {}),
+            "health/rows_touched": rows / taken,
             "health/row_norm": (squares / max(rows, 1.0)) ** 0.5,
             "health/skipped_tasks": skipped,
+            "health/skipped_steps": float(self._skipped),
             "rates/outer": self._last.rate,
             "rates/tables": self._last.table_rate,
             "speed/tasks_per_second": tasks / seconds,

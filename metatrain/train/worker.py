@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from metatrain import faults
 from metatrain.checkpoint import MODEL, Cursor, committed_steps, load_checkpoint, read_marker, save_checkpoint
@@ -25,16 +26,21 @@ from metatrain.data.plan import lanes_of
 from metatrain.data.stream import TaskStream
 from metatrain.errors import TrainingError
 from metatrain.model.build import build_model
-from metatrain.model.sharding import OPTIMIZER_PREFIX, distribute
+from metatrain.model.sharding import OPTIMIZER_PREFIX, Distributed, distribute
 from metatrain.observe.laps import Laps
 from metatrain.train.audit import AuditLog, next_attempt
 from metatrain.train.early_stopping import Patience
+from metatrain.train.guard import Guard
+from metatrain.train.not_finite import BadStep, as_error, coordinates, keep
 from metatrain.train.outer import DenseOptimizer
 from metatrain.train.pulse import Asked, Pulse
 from metatrain.train.run_record import RunRecord
-from metatrain.train.step import Outcome, OuterLoop, open_reader, validation_losses
+from metatrain.train.step import OuterLoop, open_reader, validation_losses
 from metatrain.train.totals import Totals
 from metatrain.train.transfer import device_batches
+
+#: Skipped steps that are said one by one; later ones are counted in the curves and at the end.
+SKIPPED_SAID = 20
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,15 @@ def is_over(config: Config, cursor: Cursor, last: int, patience: Patience) -> bo
     return cursor.epoch >= config.train.epochs or cursor.total >= last or patience.exhausted
 
 
+def run_state(distributed: Distributed, optimizer: DenseOptimizer) -> dict[str, Any]:
+    """A run's tensors by name: the very ones, so that loading into them in place restores the run."""
+    tensors = distributed.state_dict().items()
+    return {
+        **{name if name.startswith(OPTIMIZER_PREFIX) else f"{MODEL}{name}": value for name, value in tensors},
+        **{f"optimizer.{name}": value for name, value in optimizer.state_dict().items()},
+    }
+
+
 class Training:
     """One worker's part of a run, from the run's last checkpoint where there is one, to its end.
 
@@ -76,7 +91,7 @@ class Training:
         self.must_equal = identity(config, self.dataset.fingerprint)
         self.pulse = seat.pulse
         self.pulse.enter("restore")
-        self.cursor, self.patience = self._restored()
+        self.cursor, self.patience, self.guard = self._restored()
         self.pulse.enter("start", self.cursor.total)
         self.saved_at, self.saved_time = self.cursor.total, time.monotonic()
         self.lanes = lanes_of(range(config.data.lanes), seat.world_size, seat.rank)
@@ -95,7 +110,7 @@ class Training:
         self.laps = Laps(seat.device)
         self.totals = Totals(seat.device, self.laps, config.train.optimizer.clip)
         self.outer = OuterLoop(
-            self.distributed, self.optimizer, config, self.last, seat.world_size, self.laps, self.pulse
+            self.distributed, self.optimizer, config, self.last, seat.world_size, self.laps, self.pulse, self.guard
         )
         self.record = RunRecord(config, seat, self.dataset, self.distributed, self.cursor.total)
         self.audit: AuditLog | None = None
@@ -105,7 +120,7 @@ class Training:
 
     def run(self) -> None:
         """Trains to the end."""
-        config = self.config
+        config, begun = self.config, False
         while not self._over():
             epoch, due = self.cursor.epoch, False
             self.laps.lap("rest")
@@ -118,6 +133,11 @@ class Training:
                     self.audit.add(self.cursor, batch)
                 self.cursor = Cursor(epoch=epoch, step=self.cursor.step + 1, total=self.cursor.total + 1)
                 self.totals.add(outcome, batch)
+                if not begun:
+                    begun = True
+                    self.seat.tell({"begun": self.cursor.total, "at": time.time(), "first": dict(self.pulse.first)})
+                if outcome.skipped and self.guard.skipped.count <= SKIPPED_SAID:
+                    self.seat.tell({"say": f"step {self.cursor.total} is skipped: a loss or gradient is not finite"})
                 ends = self.cursor.total == self.last or self.cursor.step == self.steps_of[epoch]
                 due = self._due_by_steps()
                 if ends or self.cursor.total % config.train.log_every == 0:
@@ -126,19 +146,27 @@ class Training:
                 if ends:
                     break
                 if outcome.wished:
-                    self._save_at_once(outcome, wish)
+                    self._save_at_once(wish)
                 elif due:
-                    self._save(outcome)
+                    self._save()
                 self.laps.lap("rest")
                 self.pulse.enter("read", self.cursor.total)
             if self.cursor.step == self.steps_of[epoch]:
                 self.cursor = Cursor(epoch=epoch + 1, step=0, total=self.cursor.total)
             metrics, improved = self._validate()
             if improved or due or self._over():
-                self._save(None, metrics)
+                self._save(metrics)
         self.record.end(self.cursor.total)
         self.pulse.enter("end", self.cursor.total)
-        self.seat.tell({"done": self.cursor.total, "steps": self.last, "stopped_early": self.patience.exhausted})
+        self.seat.tell(
+            {
+                "done": self.cursor.total,
+                "steps": self.last,
+                "stopped_early": self.patience.exhausted,
+                "skipped": self.guard.skipped.count,
+                "skipped_steps": [step + 1 for step in self.guard.skipped.steps],
+            }
+        )
 
     def _batches(self, epoch: int) -> Iterator[TaskBatch]:
         """This worker's batches of an epoch from the cursor on, as tensors on its device."""
@@ -165,22 +193,14 @@ class Training:
     def _over(self) -> bool:
         return is_over(self.config, self.cursor, self.last, self.patience)
 
-    def _state(self) -> dict[str, Any]:
-        """The run's tensors by name: the very ones, so that loading into them in place restores the run."""
-        tensors = self.distributed.state_dict().items()
-        return {
-            **{name if name.startswith(OPTIMIZER_PREFIX) else f"{MODEL}{name}": value for name, value in tensors},
-            **{f"optimizer.{name}": value for name, value in self.optimizer.state_dict().items()},
-        }
-
-    def _restored(self) -> tuple[Cursor, Patience]:
-        run, rule = self.config.run_url, self.config.train.early_stopping
+    def _restored(self) -> tuple[Cursor, Patience, Guard]:
+        run, rule, train = self.config.run_url, self.config.train.early_stopping, self.config.train
         if not (steps := committed_steps(run)):
-            return Cursor(), Patience(rule)
+            return Cursor(), Patience(rule), Guard(train, self.seat.device)
         check_identity(read_marker(run, steps[-1]).identity, self.must_equal, run)
-        marker = load_checkpoint(run, steps[-1], self._state())
+        marker = load_checkpoint(run, steps[-1], run_state(self.distributed, self.optimizer))
         self.seat.tell({"say": f"going on from the checkpoint at step {marker.cursor.total}"})
-        return marker.cursor, Patience(rule, marker.loop)
+        return marker.cursor, Patience(rule, marker.loop), Guard(train, self.seat.device, marker.loop.get("guard"))
 
     def _due_by_steps(self) -> bool:
         every = self.config.train.checkpoint.every_steps
@@ -192,7 +212,7 @@ class Training:
         # Clocks differ between ranks: one that says so decides for all.
         due = bool(minutes) and time.monotonic() - self.saved_time > 60 * minutes
         curves, gains, due = self.totals.reduce(due, self.stream.restarts)
-        self._check_finite(curves["learning/loss_after"], "training loss")
+        self._check_steps()
         curves |= self.model.meta.curves()
         self.record.line(self.cursor.total, self.last, self.cursor.epoch, curves, gains)
         return due
@@ -215,10 +235,8 @@ class Training:
         self.record.validation(self.cursor.total, self.last, before, after, best, improved)
         return {"validation_loss": after}, improved
 
-    def _save(self, outcome: Outcome | None, metrics: dict[str, float] | None = None) -> None:
-        if outcome is not None:
-            # Equal on all ranks, and not finite where any rank's loss was: such weights must not become a checkpoint.
-            self._check_finite(float(outcome.gradient_norm), "gradient norm")
+    def _save(self, metrics: dict[str, float] | None = None) -> None:
+        self._check_steps()  # what came after a bad step must not become a checkpoint
         if self.audit is not None:
             self.audit.sync()
         config = self.config
@@ -226,23 +244,47 @@ class Training:
         with self.record.saving(self.cursor.total, metrics or {}):
             save_checkpoint(
                 config.run_url,
-                self._state(),
+                run_state(self.distributed, self.optimizer),
                 cursor=self.cursor,
                 identity=self.must_equal,
-                loop=self.patience.state(),
+                loop={**self.patience.state(), "guard": self.guard.state()},
                 configuration=config.model_dump(mode="json"),
                 metrics=metrics or {},
                 keep=config.train.checkpoint.keep,
             )
         self.saved_at, self.saved_time = self.cursor.total, time.monotonic()
 
-    def _save_at_once(self, outcome: Outcome, wish: int) -> None:
+    def _save_at_once(self, wish: int) -> None:
         """Saves because a rank was asked to, and lets those know who wait for it."""
-        self._save(outcome)
+        self._save()
         if wish:
             asked = self.seat.asked
             self.seat.tell({"say": f"a checkpoint at step {self.cursor.total}: {asked.reason}"})
             asked.meet(wish)
+
+    def _check_steps(self) -> None:
+        """Ends the run where a step was bad. Collective: all ranks end."""
+        if (total := self.guard.first_bad()) is None:
+            return
+        epoch, step = coordinates(total, self.steps_of)
+        data, run = self.config.data, self.config.run_url
+        bad = BadStep(
+            total=total,
+            epoch=epoch,
+            step=step,
+            found=self.cursor.total,
+            checkpoint=max((kept for kept in committed_steps(run) if kept <= total), default=None),
+            seed=self.config.train.seed,
+            lanes=data.lanes,
+            tasks_per_step=data.tasks_per_step,
+            world_size=self.seat.world_size,
+            dataset=self.dataset.url,
+            fingerprint=self.dataset.fingerprint,
+        )
+        if self.seat.rank == 0:
+            keep(run, bad)
+        dist.barrier()  # the first rank to fail ends the others: not before it is written
+        raise as_error(run, bad)
 
     def _check_finite(self, value: float, what: str) -> None:
         if not math.isfinite(value):

@@ -45,7 +45,8 @@ def test_updates_equal_torch_adamw_with_clipping():
             mine.grad = torch.randn_like(mine) * (step + 1)
             other.grad = mine.grad.clone()
         expected = nn.utils.clip_grad_norm_(theirs, 0.5)
-        norm = optimizer.update(0.01)
+        norm = optimizer.clip()
+        optimizer.update(0.01)
         reference.step()
         assert torch.equal(norm, expected)
     assert all(torch.equal(mine, other) for mine, other in zip(ours.values(), theirs, strict=True))
@@ -55,6 +56,7 @@ def test_a_loaded_state_goes_on_exactly():
     def run(steps, parameter, optimizer):
         for step in steps:
             parameter.grad = torch.tensor([1.0, -float(step)])
+            optimizer.clip()
             optimizer.update(0.1)
 
     whole = nn.Parameter(torch.zeros(2))

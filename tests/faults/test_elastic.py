@@ -1,0 +1,142 @@
+"""Nodes that come, go with notice and die: another number of workers, the same curve and weights."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.cluster_utils import Cluster
+
+from metatrain.checkpoint import committed_steps, read_marker
+from metatrain.config import Config, to_yaml
+from metatrain.train.launch import launch
+from tests.data.tiny_dataset import write_tiny_dataset
+from tests.faults.processes import wait_for
+from tests.train.runs import assert_equal_states, curve, final_state, recipe
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).parents[2]
+STEPS = 600
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    """A head without room for workers; nodes are added by the test, each with room for one."""
+    small = {"object_store_memory": 80 * 1024**2, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, connect=False, head_node_args={"num_cpus": 0, **small})
+    yield cluster
+    cluster.shutdown()
+
+
+def add_node(cluster: Cluster):
+    return cluster.add_node(num_cpus=2, object_store_memory=80 * 1024**2)
+
+
+def drain(cluster: Cluster, node, seconds: int) -> None:
+    """As a cloud gives notice that it takes a machine away."""
+    ray = str(Path(sys.executable).with_name("ray"))
+    options = {"node-id": node.node_id, "reason": "DRAIN_NODE_REASON_PREEMPTION", "reason-message": "spot"}
+    options |= {"address": cluster.address, "deadline-remaining-seconds": str(seconds)}
+    command = [ray, "drain-node", *(f"--{name}={value}" for name, value in options.items())]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+
+
+class Run:
+    """A run in a process of its own, which steps slowly until it is told to hurry."""
+
+    def __init__(self, config: Config, folder: Path, address: str) -> None:
+        self.config, self._log, self._quick = config, folder / "log", folder / "quick"
+        file = folder / "recipe.yaml"
+        file.write_text(to_yaml(config))
+        script = str(Path(__file__).with_name("elastic_run.py"))
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, script, str(file), address, "0.15", str(self._quick)],
+                stdout=log,
+                stderr=log,
+                cwd=folder,
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+            )
+
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def sizes(self) -> list[int]:
+        """Workers that wrote the checkpoints, in their order."""
+        steps = committed_steps(self.config.run_url)
+        return [read_marker(self.config.run_url, step).world_size for step in steps]
+
+    def wait(self, condition: Callable[[], bool], what: str) -> None:
+        """Until it holds; fails where the run ends before."""
+
+        def holds() -> bool:
+            assert self._process.poll() is None, f"the run ended before {what}:\n{self.log()}"
+            return condition()
+
+        try:
+            wait_for(holds, 200, what)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.log()}") from error
+
+    def wait_for_workers(self, count: int, starts: int) -> None:
+        """Until the group of the `starts`-th restart trains."""
+        self.wait(lambda: f"started again ({starts}), {count} workers" in self.log(), f"restart {starts}")
+        told = self.log().count(f"/{STEPS}  ")
+        self.wait(lambda: self.log().count(f"/{STEPS}  ") > told, "a step")
+
+    def finish(self) -> None:
+        """Hurries, to the end."""
+        self._quick.touch()
+        assert self._process.wait(200) == 0, self.log()
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def test_two_workers_one_and_two_and_one_give_the_curve_and_weights_of_one(
+    cluster: Cluster, tmp_path: Path, ray_session: None
+) -> None:
+    write_tiny_dataset(str(tmp_path / "dataset"), users=640, items=60, validation=20)
+    rules: dict[str, Any] = {"epochs": 60, "max_steps": STEPS, "max_failures": 1, "resize_seconds": 2}
+    # No checkpoint by steps: those that are there were asked for.
+    rules |= {"workers": {"min": 1, "max": 2}, "validate_every": 0, "checkpoint": {"every_steps": 0, "keep": 50}}
+    config = recipe(str(tmp_path / "dataset"), str(tmp_path / "runs"), "elastic", rules)
+    add_node(cluster)
+    second = add_node(cluster)
+    run = Run(config, tmp_path, cluster.address)
+    try:
+        run.wait(lambda: f"/{STEPS}  " in run.log(), "a step of two workers")
+        drain(cluster, second, 10)
+        run.wait(lambda: run.sizes() == [2], "the checkpoint within the notice")
+        assert "a node is about to be taken away" in run.log()
+        time.sleep(10)  # the cloud takes it when the notice is over
+        cluster.remove_node(second, allow_graceful=False)
+        run.wait_for_workers(1, starts=1)
+        third = add_node(cluster)
+        run.wait(lambda: run.sizes() == [2, 1], "the checkpoint before the group grows")
+        run.wait_for_workers(2, starts=2)
+        cluster.remove_node(third, allow_graceful=False)  # without notice
+        run.wait_for_workers(1, starts=3)
+        run.finish()
+    finally:
+        run.kill()
+    assert run.sizes() == [2, 1, 1]
+    undisturbed = config.model_copy(
+        update={
+            "run": config.run.model_copy(update={"name": "undisturbed"}),
+            "train": config.train.model_copy(update={"workers": 1}),
+        }
+    )
+    launch(undisturbed)
+    expected, got = (curve(c, "learning/loss_after") for c in (undisturbed, config))
+    assert sorted(got) == sorted(expected) == list(range(1, STEPS + 1))
+    assert all(got[step] == pytest.approx(loss, rel=1e-5) for step, loss in expected.items())
+    assert_equal_states(final_state(undisturbed), final_state(config), tolerance=1e-4)
