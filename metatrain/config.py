@@ -291,6 +291,9 @@ class ModelConfig(Section):
     """Levels of a rating, evenly spaced (5: whole stars of 1 to 5; 10: half stars to 5). With `meta.loss: absolute` a
     learned staircase then turns scores into predictions: the best guess of stars under absolute error is a level.
     0: scores are the predictions."""
+    own_levels: bool = True
+    """The staircase has thresholds and widths of each task's own, by how its support uses the levels. False: all tasks
+    share one."""
     features: tuple[str, ...] | None = None
     """Features to use, by name. Default: all of the dataset's."""
     dedup: bool = True

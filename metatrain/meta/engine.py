@@ -29,17 +29,20 @@ Tensors = dict[str, Tensor]
 class FastWeights:
     """Adapted copies, one a task: `weights` of the parameters that adapt, `rows` of the adapted embedding rows.
 
-    What does not adapt is absent from `weights`; `rows` always has every adapted feature, `[T, R, D]`.
+    What does not adapt is absent from `weights`; `rows` always has every adapted feature, `[T, R, D]`. `steps` is what
+    a link between scores and predictions has of each task.
     """
 
     weights: Tensors  # parameter name → [T, *shape]
     rows: Tensors  # adapted feature → [T, R, D]
+    steps: Tensor | None = None  # see `link.Staircase.steps_of`; None: as before adaptation
 
     def tasks(self, start: int, stop: int) -> FastWeights:
         """The tasks from `start` to `stop`."""
         return FastWeights(
             {name: weight[start:stop] for name, weight in self.weights.items()},
             {name: rows[start:stop] for name, rows in self.rows.items()},
+            None if self.steps is None else self.steps[start:stop],
         )
 
 

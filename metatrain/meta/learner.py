@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -128,16 +129,26 @@ class MetaLearner(nn.Module):
         nothing = Examples(support.x, support.slots, torch.zeros_like(support.labels), torch.zeros_like(support.mask))
         return self.adapt(nothing, rows)
 
+    def adapt_whole(self, support: Examples, rows: Tensors) -> FastWeights:
+        """The adapted state with the link's own part: what `predictions` go by. Arguments as of `adapt`."""
+        fast = self.adapt(support, rows)
+        if self.link is None or not self.link.own:
+            return fast
+        return replace(fast, steps=self.link.steps_of(self.predict(fast, support), support.labels, support.mask))
+
     def predictions(self, fast: FastWeights, examples: Examples) -> Tensor:
         """Predictions [T, E] of each task's events in its adapted state: its scores, by way of the link."""
-        scores = self.predict(fast, examples)
-        return scores if self.link is None else self.link(scores)
+        return self._linked(self.predict(fast, examples), fast)
+
+    def _linked(self, scores: Tensor, fast: FastWeights) -> Tensor:
+        return scores if self.link is None else self.link(scores, fast.steps)
 
     def forward(self, episodes: Episodes) -> QueryLoss:
         """The sum of the tasks' query losses after adaptation (and of the link's own), and each before and after."""
         support, query, rows = episodes.support, episodes.query, episodes.rows
-        scores = self.predict(self.adapt(support, rows), query)
-        after = self.task_losses(scores if self.link is None else self.link(scores), query)
+        fast = self.adapt_whole(support, rows)
+        scores = self.predict(fast, query)
+        after = self.task_losses(self._linked(scores, fast), query)
         total = after.sum() + self.untouched()
         if self.link is not None:
             total = total + self.link.order_loss(scores, query.labels, query.mask).sum()

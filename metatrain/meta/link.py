@@ -8,9 +8,19 @@ of stars; a base learner's score is nearer to a mean. Between them stands a lear
 with levels l, thresholds t and widths τ, near the identity at the start. ε keeps it rising where the steps are flat, so
 that no order changes and no two scores become one. Ordered thresholds on one score go back to McCullagh 1980,
 "Regression models for ordinal data"; here the whole is trained by the error of the prediction itself.
+
+People use the levels differently: one gives threes for what another gives fours, one uses the ends of the scale, one
+never does. So each task has thresholds and widths of its own, as in Koren and Sill 2011, "OrdRec: an ordinal model for
+predicting personalized item rating distributions". There they are fitted a user; here a network learns to move them by
+what the support shows: how many of its labels lie below each threshold beyond what its fitted scores would have there
+(the gradient of an ordinal likelihood in tₖ), and how far labels are from scores. Without support nothing moves.
+
+Symbols: T tasks, S support events, E events, L levels.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +32,10 @@ from metatrain.meta.losses import mean_over_events
 ORDER_SHARE = 0.3
 #: ε: costs a hundredth of the gain, and is far above float32's rounding.
 SLOPE = 0.01
+#: Hidden units from the support's use of the levels to a task's steps: with 16 some seeds learn slowly.
+_HIDDEN = 64
+#: Variance of a label around its score before anything is seen, in squared gaps between levels.
+_VARIANCE = 0.8
 
 
 class Staircase(nn.Module):
@@ -30,6 +44,7 @@ class Staircase(nn.Module):
     Args:
         low, high: The least and the greatest label.
         levels: Number of levels, evenly spaced from `low` to `high`.
+        own: Whether each task has thresholds and widths of its own.
 
     Raises:
         ValueError: Fewer than two levels.
@@ -38,7 +53,7 @@ class Staircase(nn.Module):
     low: Tensor
     gap: Tensor
 
-    def __init__(self, low: float, high: float, levels: int) -> None:
+    def __init__(self, low: float, high: float, levels: int, *, own: bool = True) -> None:
         super().__init__()
         if levels < 2 or not high > low:
             raise ValueError(f"a staircase needs two levels at least, got {levels} from {low:g} to {high:g}")
@@ -48,11 +63,46 @@ class Staircase(nn.Module):
         self.thresholds = nn.Parameter(low + gap * (torch.arange(levels - 1) + 0.5))
         # Sigmoids a third of a gap wide add up to nearly the identity between the first and the last threshold.
         self.log_widths = nn.Parameter(torch.full((levels - 1,), gap / 3).log())
+        self.own = own
+        if own:
+            #: How many events what is expected before any weighs as much as, by its logarithm.
+            self.log_prior = nn.Parameter(torch.tensor(math.log(5.0)))
+            last = nn.Linear(_HIDDEN, 2 * (levels - 1))
+            self.personal = nn.Sequential(nn.Linear(levels + 1, _HIDDEN), nn.ReLU(), last)
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
 
-    def forward(self, scores: Tensor) -> Tensor:
-        """Predictions of scores of any shape."""
-        steps = torch.sigmoid((scores.unsqueeze(-1) - self.thresholds) * torch.exp(-self.log_widths))
-        return SLOPE * scores + (1 - SLOPE) * (self.low + self.gap * steps.sum(-1))
+    def forward(self, scores: Tensor, steps: Tensor | None = None) -> Tensor:
+        """Predictions [T, E] of scores [T, E].
+
+        Args:
+            scores: On the labels' scale.
+            steps: The tasks' own, from `steps_of`. Default: those that all tasks share.
+        """
+        thresholds, log_widths = self.thresholds, self.log_widths
+        if steps is not None:
+            moved_T1K, wider_T1K = steps.unsqueeze(-2).chunk(2, dim=-1)
+            thresholds, log_widths = thresholds + self.gap * moved_T1K, log_widths + wider_T1K
+        rises = torch.sigmoid((scores.unsqueeze(-1) - thresholds) * torch.exp(-log_widths))
+        return SLOPE * scores + (1 - SLOPE) * (self.low + self.gap * rises.sum(-1))
+
+    def steps_of(self, scores: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+        """How each task's thresholds (in gaps) and log widths differ from the shared ones: [T, 2 (L - 1)].
+
+        Args:
+            scores: [T, S], of the support's events in the task's adapted state.
+            labels, mask: [T, S], the support's.
+        """
+        count_T1, prior = mask.sum(-1, keepdim=True), self.log_prior.exp()
+        middles = self.low + self.gap * (torch.arange(len(self.thresholds), device=scores.device) + 0.5)
+        below_TSK = (labels.unsqueeze(-1) < middles).to(scores.dtype)
+        expected_TSK = torch.sigmoid((self.thresholds.detach() - scores.unsqueeze(-1)) * (2 / self.gap))
+        surplus_TK = ((below_TSK - expected_TSK) * mask.unsqueeze(-1)).sum(1) / (count_T1 + prior)
+        squares_T1 = (((labels - scores) / self.gap).square() * mask).sum(-1, keepdim=True)
+        variance_T1 = (squares_T1 + prior * _VARIANCE) / (count_T1 + prior)
+        known_T1 = count_T1 / (count_T1 + prior)
+        seen = torch.cat([4 * surplus_TK, variance_T1.log(), known_T1], dim=-1)
+        return self.personal(seen) * (count_T1 > 0)
 
     def order_loss(self, scores: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         """What keeps scores themselves near the labels, and so events of one step in order: [T, E] → [T]."""

@@ -140,6 +140,13 @@ def _meta_learner(schema: Schema, config: Config, layout: Layout, learner: nn.Mo
     built = made(kind, (learner,), settings, meta.options, "meta")
     if config.model.levels:
         built.link = _link(schema, config, built)
+    elif not config.model.own_levels:
+        raise ConfigError(
+            "There is no staircase whose levels tasks could share.",
+            where="model.own_levels",
+            got=False,
+            remedy="Leave it at its default, or set `model.levels`.",
+        )
     return built
 
 
@@ -155,7 +162,7 @@ def _link(schema: Schema, config: Config, meta: MetaLearner) -> Staircase:
         reason = "under squared error the best prediction is a mean, which is no level"
     if not reason:
         try:
-            return Staircase(schema.label_min, schema.label_max, levels)
+            return Staircase(schema.label_min, schema.label_max, levels, own=config.model.own_levels)
         except ValueError as error:
             reason = str(error)
     raise ConfigError(

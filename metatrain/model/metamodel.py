@@ -9,7 +9,7 @@ Symbols: T tasks, Q query events (padded), C candidates.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -162,7 +162,7 @@ class MetaModel(nn.Module):
         """
         (assembled,) = self._assembled(batch)
         support, rows = assembled.episodes.support, assembled.episodes.rows
-        return AdaptedTasks((self.meta.adapt if adapted else self.meta.unadapted)(support, rows), assembled)
+        return AdaptedTasks((self.meta.adapt_whole if adapted else self.meta.unadapted)(support, rows), assembled)
 
     @torch.no_grad()
     def score_items(self, adapted: AdaptedTasks, item_features: Mapping[str, Column]) -> Tensor:
@@ -208,9 +208,7 @@ class MetaModel(nn.Module):
             slots[name] = Slots(*(t.expand(-1, count, -1) for t in of_ids))
             own[name] = torch.cat([own[name], rows[name].expand(tasks, -1, -1)], dim=1)
         zeros = x.new_zeros(tasks, count)
-        return self.meta.predictions(
-            FastWeights(adapted.fast.weights, own), Examples(x, slots, zeros, torch.ones_like(zeros))
-        )
+        return self.meta.predictions(replace(adapted.fast, rows=own), Examples(x, slots, zeros, torch.ones_like(zeros)))
 
     def _buckets(self, batch: TaskBatch) -> list[Bucket]:
         return self.meta.buckets(
@@ -228,7 +226,7 @@ class MetaModel(nn.Module):
         parts = []
         for start in range(0, episodes.size, chunk):
             few = support.tasks(start, start + chunk), {n: own[start : start + chunk] for n, own in rows.items()}
-            fast = self.meta.adapt(*few) if adapted else self.meta.unadapted(*few)
+            fast = (self.meta.adapt_whole if adapted else self.meta.unadapted)(*few)
             parts.append(self.meta.predictions(fast, query.tasks(start, start + chunk)))
         return torch.cat(parts)
 

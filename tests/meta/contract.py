@@ -139,7 +139,7 @@ def check_contract(
     assert not episodes.support.mask[0].any()
     torch.testing.assert_close(found.after[0], found.before[0])
     # Adapting apart from training gives the same.
-    fast = meta.adapt(episodes.support, episodes.rows)
+    fast = meta.adapt_whole(episodes.support, episodes.rows)
     torch.testing.assert_close(meta.task_losses(meta.predictions(fast, episodes.query), episodes.query), found.after)
     part = meta.predict(fast.tasks(1, 3), episodes.query.tasks(1, 3))
     torch.testing.assert_close(part, meta.predict(fast, episodes.query)[1:3])

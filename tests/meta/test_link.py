@@ -50,20 +50,68 @@ def test_learns_the_median_of_stars():
     assert best < float((scores - labels).abs().mean()) - 0.03
 
 
-def test_a_meta_learner_with_a_staircase_keeps_what_it_promises():
+def test_learns_how_a_task_uses_the_levels_from_its_support():
+    """Half of the tasks use the whole scale, half give threes and fours for all: their medians differ given a score."""
+    generator = torch.Generator().manual_seed(0)
+
+    def labels_of(scores: torch.Tensor, timid: torch.Tensor) -> torch.Tensor:
+        noisy = scores + 0.5 * torch.randn(scores.shape, generator=generator)
+        return torch.where(timid[:, None], (noisy > 3).float() + 3, noisy.round().clamp(1, 5))
+
+    timid = torch.arange(200) % 2 == 0
+    support, query = (torch.rand(200, n, generator=generator) * 4 + 1 for n in (30, 20))
+    given, asked = labels_of(support, timid), labels_of(query, timid)
+    mask = (torch.arange(30) < torch.randint(10, 31, (200, 1), generator=generator)).float()
+    torch.manual_seed(0)
+    staircase = Staircase(1, 5, 5)
+    optimizer = torch.optim.Adam(staircase.parameters(), lr=0.02)
+    for _ in range(150):
+        optimizer.zero_grad()
+        (staircase(query, staircase.steps_of(support, given, mask)) - asked).abs().mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        fresh = torch.rand(200, 20, generator=generator) * 4 + 1
+        truth = labels_of(fresh, timid)
+        own = staircase(fresh, staircase.steps_of(support, given, mask))
+    best = float((torch.where(timid[:, None], (fresh > 3).float() + 3, fresh.round()) - truth).abs().mean())
+    assert float((own - truth).abs().mean()) < best + 0.06
+    shared = min(float((fresh.clamp(low, high).round() - truth).abs().mean()) for low in (1, 2, 3) for high in (4, 5))
+    assert float((own - truth).abs().mean()) < shared - 0.1
+
+
+def test_padding_and_the_absence_of_support_move_nothing():
+    torch.manual_seed(0)
+    staircase = Staircase(1, 5, 5)
+    for parameter in staircase.personal.parameters():
+        torch.nn.init.normal_(parameter)
+    scores, labels = torch.rand(3, 6) * 4 + 1, torch.randint(1, 6, (3, 6)).float()
+    mask = torch.tensor([[1.0] * 4 + [0] * 2] * 2 + [[0.0] * 6])
+    steps = staircase.steps_of(scores, labels, mask)
+    torch.testing.assert_close(steps[:2], staircase.steps_of(scores[:2, :4], labels[:2, :4], mask[:2, :4]))
+    assert steps[0].abs().max() > 0.01
+    assert not steps[2].any()
+    assert not staircase.steps_of(scores[:, :0], labels[:, :0], mask[:, :0]).any()
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_meta_learner_with_a_staircase_keeps_what_it_promises(own: bool):
     def make() -> Ridge:
         torch.manual_seed(1)
         meta = Ridge(Factorisation(LAYOUT.width, layout=LAYOUT, hidden=(5,), offset=3.0), loss="absolute")
-        meta.link = Staircase(1, 5, 5)
+        meta.link = Staircase(1, 5, 5, own=own)
+        if not own:
+            return meta.double()
+        for parameter in meta.link.personal.parameters():  # zero at the start, and then nothing is personal
+            torch.nn.init.normal_(parameter, std=0.3)
         return meta.double()
 
     meta, episodes = make(), made_up()
     found = meta(episodes)
-    fast = meta.adapt(episodes.support, {})
+    fast = meta.adapt_whole(episodes.support, {})
     scores, query = meta.predict(fast, episodes.query), episodes.query
     assert meta.link is not None
-    torch.testing.assert_close(meta.predictions(fast, query), meta.link(scores))
-    torch.testing.assert_close(meta.task_losses(meta.link(scores), query).detach(), found.after)
+    torch.testing.assert_close(meta.predictions(fast, query), meta.link(scores, fast.steps))
+    torch.testing.assert_close(meta.task_losses(meta.link(scores, fast.steps), query).detach(), found.after)
     squares = ((scores - query.labels).square() * query.mask).sum(-1) / query.mask.sum(-1)
     torch.testing.assert_close(found.total, found.after.sum() + ORDER_SHARE * squares.sum())
     check_contract(make, own_losses=True)
