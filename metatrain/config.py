@@ -287,6 +287,8 @@ class ModelConfig(Section):
     a user in as a factorisation would."""
     id_dropout: Fraction = 0.0
     """Share of items whose own id is hidden in a step, so that content carries items that are new."""
+    support_dropout: Fraction = 0.0
+    """Share of tasks whose support is hidden in a step, so that the model serves tasks without any event, too."""
     levels: NotNegative = 0
     """Levels of a rating, evenly spaced (5: whole stars of 1 to 5; 10: half stars to 5). With `meta.loss: absolute` a
     learned staircase then turns scores into predictions: the best guess of stars under absolute error is a level.

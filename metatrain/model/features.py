@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -29,6 +29,9 @@ from metatrain.meta.layout import Columns, Layout
 from metatrain.model import hashing
 from metatrain.model.places import Places, TaskRows, occurrences, picked, places, rows_of_tasks, whole
 from metatrain.model.tables import TableSpec
+
+# Keeps this draw apart from that of `id_dropout`.
+_SUPPORTS = hashing.of_name("support_dropout")
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Featurizer(nn.Module):
 
     Args:
         schema: The dataset's features.
-        config: `features` chooses among them; `id_dropout` hides items' own ids in training.
+        config: `features` chooses among them; `id_dropout` and `support_dropout` are what training hides.
         adapt_rows: Features whose rows adapt.
         seed: Of the dropout.
 
@@ -82,6 +85,7 @@ class Featurizer(nn.Module):
         if not self.features:
             raise ConfigError("The model has no features.", where="model.features", remedy="Name at least one.")
         self._id_dropout, self._numeric_scale, self._seed = config.id_dropout, config.numeric_scale, seed
+        self._support_dropout = config.support_dropout
         self._fixed = {
             level: tuple(f for f in self.features if f.level is level and f.name not in self.adapted) for level in Level
         }
@@ -138,6 +142,29 @@ class Featurizer(nn.Module):
             hidden = hashing.chosen(self._id_dropout, self._seed, step, batch.items)
             ids[ITEM_FEATURE] = ids[ITEM_FEATURE].masked_fill(hidden, 0)
         return ids
+
+    def without_supports(
+        self, assembled: Sequence[Assembled], tasks: Tensor, buckets: Sequence[Bucket], step: int
+    ) -> list[Assembled]:
+        """A training step's episodes, the supports of a share of tasks hidden (`support_dropout`) by a hash of seed,
+        step and task alone: the same at any world size.
+
+        Args:
+            assembled: A step's, one a bucket.
+            tasks: The batch's ordinals of tasks, int64 [T].
+            buckets: Whose they are.
+            step: The training step.
+        """
+        if self._support_dropout <= 0:
+            return list(assembled)
+        seen = ~hashing.chosen(self._support_dropout, self._seed, step, _SUPPORTS, tasks)
+
+        def some(one: Assembled, bucket: Bucket) -> Assembled:
+            support = one.episodes.support
+            mask = support.mask * seen[bucket.tasks, None].to(support.mask.dtype)
+            return replace(one, episodes=replace(one.episodes, support=replace(support, mask=mask)))
+
+        return [some(one, bucket) for one, bucket in zip(assembled, buckets, strict=True)]
 
     def vectors(self, level: Level, columns: Mapping[str, Column], rows: Mapping[str, Tensor], n: int) -> Tensor:
         """The fixed inputs of a level's entities: [n, F_level]. Multi-valued features are means over their ids."""

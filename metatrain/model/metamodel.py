@@ -96,7 +96,7 @@ class MetaModel(nn.Module):
 
         Args:
             batch: Tensors of this rank's tasks.
-            step: Training step, for id dropout.
+            step: Training step, for what is hidden in training.
             tasks_global: Tasks of all ranks together; a function of that where the ranks are still counting: it is
                 called after the inner loop.
             world_size: Number of ranks.
@@ -111,6 +111,8 @@ class MetaModel(nn.Module):
         if batch.size:
             buckets = self._buckets(batch)
             assembled = self.featurizer.assemble(batch, found.features, ids, buckets)
+            if self.training:
+                assembled = self.featurizer.without_supports(assembled, batch.tasks, buckets, step)
             laps.lap("assemble")
             parts = [self.meta(of_bucket.episodes) for of_bucket in assembled]
             total = torch.stack([part.total for part in parts]).sum()

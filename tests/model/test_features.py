@@ -220,6 +220,22 @@ def test_id_dropout_depends_on_seed_step_and_item_alone() -> None:
     assert torch.equal(featurizer.ids(some, step=5)["item"] == 0, hidden[500:700])
 
 
+def test_hidden_supports_depend_on_seed_step_and_task_alone() -> None:
+    batch = two_tasks()  # only the first has a support
+    model = model_of({"model": {"support_dropout": 0.5}, "meta": {"algorithm": "maml", "steps": 1, "rate": 0.3}})
+
+    def hidden(batch: TaskBatch) -> list[bool]:
+        return [bool(model(batch, step, 2.0).gains[0] == 0) for step in range(30)]
+
+    found = hidden(batch)
+    assert 7 < sum(found) < 23
+    assert hidden(batch) == found
+    assert hidden(replace(batch, tasks=torch.tensor([5, 9]))) != found
+    assert hidden(replace(batch, tasks=torch.tensor([4, 8]))) == found
+    model.eval()  # what validates and serves sees all
+    assert not any(hidden(batch))
+
+
 @pytest.mark.parametrize("adapt_rows", [(), ("item", "genres", "likes")])
 def test_scoring_items_equals_scoring_them_as_a_query(adapt_rows: tuple[str, ...]) -> None:
     # Items of the support (their rows adapted) and items the task has never met, in one list of candidates.
