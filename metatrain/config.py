@@ -293,8 +293,8 @@ class ModelConfig(Section):
     """Levels of a rating, evenly spaced (5: whole stars of 1 to 5; 10: half stars to 5). With `meta.loss: absolute` a
     learned staircase then turns scores into predictions: the best guess of stars under absolute error is a level.
     0: scores are the predictions."""
-    own_levels: bool = True
-    """The staircase has thresholds and widths of each task's own, by how its support uses the levels. False: all tasks
+    own_levels: bool = False
+    """The staircase has thresholds and widths of each task's own, by how its support uses the levels; not all tasks
     share one."""
     features: tuple[str, ...] | None = None
     """Features to use, by name. Default: all of the dataset's."""

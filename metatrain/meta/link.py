@@ -10,10 +10,10 @@ that no order changes and no two scores become one. Ordered thresholds on one sc
 "Regression models for ordinal data"; here the whole is trained by the error of the prediction itself.
 
 People use the levels differently: one gives threes for what another gives fours, one uses the ends of the scale, one
-never does. So each task has thresholds and widths of its own, as in Koren and Sill 2011, "OrdRec: an ordinal model for
-predicting personalized item rating distributions". There they are fitted a user; here a network learns to move them by
-what the support shows: how many of its labels lie below each threshold beyond what its fitted scores would have there
-(the gradient of an ordinal likelihood in tₖ), and how far labels are from scores. Without support nothing moves.
+never does. So tasks may have thresholds and widths of their own, as in Koren and Sill 2011, "OrdRec: an ordinal model
+for predicting personalized item rating distributions". There they are fitted a user; here a network learns to move them
+by what the support shows: how many of its labels lie below each threshold beyond what its fitted scores would have
+there (the gradient of an ordinal likelihood in tₖ), and how far labels are from scores. Without support nothing moves.
 
 Symbols: T tasks, S support events, E events, L levels.
 """
@@ -53,7 +53,7 @@ class Staircase(nn.Module):
     low: Tensor
     gap: Tensor
 
-    def __init__(self, low: float, high: float, levels: int, *, own: bool = True) -> None:
+    def __init__(self, low: float, high: float, levels: int, *, own: bool = False) -> None:
         super().__init__()
         if levels < 2 or not high > low:
             raise ValueError(f"a staircase needs two levels at least, got {levels} from {low:g} to {high:g}")

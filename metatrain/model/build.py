@@ -140,11 +140,11 @@ def _meta_learner(schema: Schema, config: Config, layout: Layout, learner: nn.Mo
     built = made(kind, (learner,), settings, meta.options, "meta")
     if config.model.levels:
         built.link = _link(schema, config, built)
-    elif not config.model.own_levels:
+    elif config.model.own_levels:
         raise ConfigError(
-            "There is no staircase whose levels tasks could share.",
+            "There is no staircase that tasks could have of their own.",
             where="model.own_levels",
-            got=False,
+            got=True,
             remedy="Leave it at its default, or set `model.levels`.",
         )
     return built

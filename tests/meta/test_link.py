@@ -63,7 +63,7 @@ def test_learns_how_a_task_uses_the_levels_from_its_support():
     given, asked = labels_of(support, timid), labels_of(query, timid)
     mask = (torch.arange(30) < torch.randint(10, 31, (200, 1), generator=generator)).float()
     torch.manual_seed(0)
-    staircase = Staircase(1, 5, 5)
+    staircase = Staircase(1, 5, 5, own=True)
     optimizer = torch.optim.Adam(staircase.parameters(), lr=0.02)
     for _ in range(150):
         optimizer.zero_grad()
@@ -81,7 +81,7 @@ def test_learns_how_a_task_uses_the_levels_from_its_support():
 
 def test_padding_and_the_absence_of_support_move_nothing():
     torch.manual_seed(0)
-    staircase = Staircase(1, 5, 5)
+    staircase = Staircase(1, 5, 5, own=True)
     for parameter in staircase.personal.parameters():
         torch.nn.init.normal_(parameter)
     scores, labels = torch.rand(3, 6) * 4 + 1, torch.randint(1, 6, (3, 6)).float()

@@ -133,7 +133,7 @@ def test_an_adapted_feature_comes_last():
         ({"meta": {"loss": "absolute"}, "model": {"levels": 5}}, "MAML takes its query loss in its inner loop"),
         ({"meta": {"algorithm": "ridge"}, "model": {"levels": 5}}, "under squared error the best prediction is a mean"),
         ({"meta": {"algorithm": "ridge", "loss": "absolute"}, "model": {"levels": 1}}, "two levels at least"),
-        ({"model": {"own_levels": False}}, "no staircase whose levels"),
+        ({"model": {"own_levels": True}}, "no staircase that tasks could have"),
     ],
 )
 def test_what_cannot_be_made_is_refused(sections: dict, message: str, tmp_path: Path):
