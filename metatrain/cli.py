@@ -24,6 +24,7 @@ USAGE = f"""metatrain {__version__}: meta-train recommenders that adapt to a new
   metatrain compare BOARD.yaml --out FOLDER   train and judge several methods alike: a leaderboard
   metatrain replay RUN                        where the step that a run ended on stops being finite
   metatrain recommend RUN --events FILE       adapt to events, rank the catalogue
+  metatrain checkpoints RUN                   what a run has saved: list, verify, compare, prune, remove
   metatrain submit RECIPE.yaml --address URL  train it on a Ray cluster, as a job; the same again goes on
   metatrain job list|status|logs|stop [ID]    the jobs of a cluster
   metatrain config RECIPE.yaml [--a.b value]  print the resolved configuration
@@ -164,6 +165,21 @@ class RecommendArguments:
     """Leave out items with fewer events of training users: what two people loved may rank high."""
 
 
+@dataclass(frozen=True)
+class CheckpointsArguments:
+    """Lists a run's checkpoints: step, epoch, full or differential (over which full one), size, age, validation loss,
+    and whether it is whole. At most one option; without one, files are looked at but not read."""
+
+    verify: bool = False
+    """Read every byte, and compare it with its checksum. Exits with 2 where a checkpoint is broken."""
+    prune: int | None = None
+    """Remove all but the newest so many, the best, and what these build on. Not while the run trains."""
+    remove: tuple[int, ...] = ()
+    """Remove the checkpoints of these steps, whole or broken. Not while the run trains."""
+    diff: tuple[int, int] | None = None
+    """Steps of two checkpoints: which fields of the configuration differ, and how much each tensor does."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The `metatrain` command; exits with 2 after an error that the user can mend."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -176,6 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "compare": _compare,
         "replay": _replay,
         "recommend": _recommend,
+        "checkpoints": _checkpoints,
         "submit": _submit,
         "job": _job,
         "config": _config,
@@ -371,6 +388,39 @@ def _recommend(given: list[str]) -> None:
     adapted = recommender.adapt(options.events) if options.events is not None else recommender.adapt_users(tasks)
     render = adapted.json_lines if options.format == "json" else adapted.table
     print(render(options.top, exclude_seen=not options.keep_seen, min_events=options.min_events))
+
+
+def _checkpoints(given: list[str]) -> None:
+    subject, rest = _subject(given, "checkpoints", "a RUN (its folder, or its recipe)")
+    options = _parse(CheckpointsArguments, CheckpointsArguments(), rest, "checkpoints RUN")
+    if sum([options.verify, options.prune is not None, bool(options.remove), options.diff is not None]) > 1:
+        raise ConfigError(
+            "`metatrain checkpoints` does one thing at a time.",
+            remedy="Give one of --verify, --prune, --remove and --diff.",
+        )
+    if options.prune is not None and options.prune < 1:
+        raise ConfigError("At least one checkpoint is kept.", where="--prune", got=options.prune, remedy="1 or more.")
+    from metatrain.checkpoint import listing, retention
+    from metatrain.checkpoint.differences import differences
+
+    run = _run_url(subject)
+    if options.diff is not None:
+        print(differences(run, *options.diff).text())
+        return
+    if options.prune is not None or options.remove:
+        gone = retention.remove(run, options.remove) if options.remove else retention.prune(run, options.prune or 1)
+        print(f"removed: {', '.join(map(str, gone)) or 'nothing'}", file=sys.stderr)
+    if options.verify:
+        from tqdm import tqdm
+
+        total = sum(line.bytes or 0 for line in listing.listed(run))
+        with tqdm(total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty(), desc="verifying") as bar:
+            lines = listing.listed(run, verify=True, progress=bar.update)
+    else:
+        lines = listing.listed(run)
+    print(listing.table(lines))
+    if options.verify and any(line.broken for line in lines):
+        sys.exit(2)
 
 
 def _config(given: list[str]) -> None:

@@ -391,6 +391,15 @@ class CheckpointConfig(Section):
     """Minutes between checkpoints. 0: only by steps and at the end."""
     keep: Positive = 3
     """Newest checkpoints kept; the best by validation loss is kept besides."""
+    keep_hours: NotNegativeFloat = 0.0
+    """Checkpoints of the last so many hours are kept besides. 0: none."""
+    full_every: Positive = 1
+    """1: every checkpoint is full. M: of M checkpoints one is full, and the others are differential: of the tables they
+    hold the rows that were touched since the full one, which is kept as long as they are."""
+    rows: Literal["exact", "bfloat16", "int8"] = "exact"
+    """Tables' rows in differential checkpoints: exact, or in fewer bits. A resume from a full or an exact checkpoint
+    is bit for bit; bfloat16 is off by at most 2⁻⁸ of a number, int8 by at most 1/510 of the range of its row's.
+    Full checkpoints, dense parameters and optimizers' state are always exact."""
 
 
 class TrainConfig(Section):

@@ -8,7 +8,7 @@ import yaml
 
 from metatrain.cli import main
 
-COMMANDS = ("prepare", "train", "evaluate", "compare", "recommend", "submit", "job", "config", "doctor")
+COMMANDS = ("prepare", "train", "evaluate", "compare", "recommend", "checkpoints", "submit", "job", "config", "doctor")
 
 
 def test_without_arguments_the_commands_are_shown(capsys):

@@ -1,9 +1,10 @@
-"""What a run's checkpoints look like on storage, which are whole, and which are kept. No torch needed to list them.
+"""What a run's checkpoints look like on storage, which are whole, and which is the best.
 
 Layout::
 
     RUN/config.yaml                              the resolved configuration
-    RUN/checkpoints/step-00000120/.metadata      written by torch.distributed.checkpoint, with its shards beside it
+    RUN/checkpoints/step-00000120/0-5f3a9c01.bin what rank 0 wrote; the number behind is of the attempt
+    RUN/checkpoints/step-00000120/contents.json  which tensor is where in these files, with checksums
     RUN/checkpoints/step-00000120/COMMITTED.json written last: without it the folder is not a checkpoint
 """
 
@@ -16,10 +17,13 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from metatrain import storage
+from metatrain.checkpoint.blocks import checksum
 from metatrain.errors import CheckpointError
 
-VERSION = 1
+VERSION = 2
 MARKER = "COMMITTED.json"
+#: Prefix of the model's tensors in a checkpoint; the others are optimizers'.
+MODEL = "model."
 _NAME = re.compile(r"step-(\d+)$")
 
 
@@ -31,6 +35,18 @@ class Cursor(BaseModel):
     epoch: int = 0
     step: int = 0
     total: int = 0
+
+
+class Base(BaseModel):
+    """The full checkpoint that a differential one builds on: all but the rows touched since is there."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    step: int
+    #: The checksum of the base's `contents.json`: another checkpoint of the same step will not do.
+    contents: str
+    #: Which differential checkpoint over this base it is, from 1.
+    number: int
 
 
 class Marker(BaseModel):
@@ -49,6 +65,23 @@ class Marker(BaseModel):
     configuration: dict[str, Any]
     metrics: dict[str, float]
     world_size: int
+    #: Checksum of `contents.json`, which has those of all other files.
+    contents: str
+    #: None: a full checkpoint.
+    base: Base | None = None
+    #: Size of its data files.
+    bytes: int
+    #: When it was committed, in seconds since 1970.
+    time: float
+
+    def as_json(self) -> str:
+        """The marker's text, with a checksum of all that it says."""
+        said = self.model_dump(mode="json")
+        return json.dumps(said | {"checksum": _checksum(said)}, indent=1)
+
+
+def _checksum(said: dict[str, Any]) -> str:
+    return checksum(json.dumps(said, sort_keys=True).encode())
 
 
 def checkpoints_url(run_url: str) -> str:
@@ -63,10 +96,11 @@ def checkpoint_url(run_url: str, total: int) -> str:
 
 def committed_steps(run_url: str) -> list[int]:
     """Steps of the run's whole checkpoints, ascending."""
-    return [s for s in _folders(run_url) if storage.exists(storage.join(checkpoint_url(run_url, s), MARKER))]
+    return [s for s in folders(run_url) if storage.exists(storage.join(checkpoint_url(run_url, s), MARKER))]
 
 
-def _folders(run_url: str) -> list[int]:
+def folders(run_url: str) -> list[int]:
+    """Steps that have a folder, whole or not, ascending."""
     names = storage.list_folder(checkpoints_url(run_url))
     return sorted(int(match[1]) for name in names if (match := _NAME.match(name)))
 
@@ -87,19 +121,37 @@ def read_marker(run_url: str, step: int) -> Marker:
             remedy=f"Whole checkpoints of this run: {known}." if known else "Train the run first.",
         )
     try:
-        raw = json.loads(storage.read_text(path))
+        raw = json.loads(storage.read_bytes(path))
+        if not isinstance(raw, dict):
+            raise ValueError("it is no JSON object")
         if raw.get("version") != VERSION:
             raise CheckpointError(
                 f"The checkpoint is of another version; this release reads version {VERSION}.",
                 where=path,
                 got=raw.get("version"),
-                remedy="Use the release that wrote it, or train again.",
+                # Version 1 had pickled metadata, and pickles run code: there is no reading it.
+                remedy="Use the release that wrote it (its `release` in this file), or train again under another "
+                "`run.name`.",
             )
+        if raw.pop("checksum", None) != _checksum(raw):
+            raise ValueError("it does not match its own checksum")
         return Marker.model_validate(raw)
-    except (ValueError, ValidationError) as error:
+    except (ValueError, ValidationError, RecursionError) as error:
         raise CheckpointError(
-            f"The checkpoint's marker cannot be read: {error}", where=path, remedy="Delete this checkpoint's folder."
+            f"The checkpoint's marker cannot be read: {error}", where=path, remedy=removing(run_url, [step])
         ) from error
+
+
+def removing(run_url: str, steps: list[int]) -> str:
+    """What to do about broken checkpoints, in words."""
+    kept = [step for step in committed_steps(run_url) if step not in steps]
+    before = [step for step in kept if step < min(steps)]
+    goes_on = f"from step {before[-1]}" if before else "from the beginning"
+    numbers = " ".join(str(step) for step in steps)
+    return (
+        f"`metatrain checkpoints {run_url} --remove {numbers}` removes what is broken; "
+        f"the same `train` command then goes on {goes_on}."
+    )
 
 
 def best_step(run_url: str) -> int:
@@ -118,21 +170,3 @@ def best_step(run_url: str) -> int:
     losses = {step: read_marker(run_url, step).metrics.get("validation_loss") for step in steps}
     judged = [(loss, step) for step, loss in losses.items() if loss is not None]
     return min(judged)[1] if judged else steps[-1]
-
-
-def prune(run_url: str, keep: int) -> list[int]:
-    """Removes all whole checkpoints but the newest `keep` and the best, markers first. Returns the removed steps.
-
-    What killed attempts left below the newest whole checkpoint goes too.
-    """
-    steps = committed_steps(run_url)
-    for step in _folders(run_url):
-        if steps and step < steps[-1] and step not in steps:
-            storage.remove(checkpoint_url(run_url, step))
-    kept = {*steps[-keep:], best_step(run_url)} if steps else set()
-    removed = [step for step in steps if step not in kept]
-    for step in removed:
-        # The marker goes first: a kill in between leaves a folder that doesn't count as a checkpoint.
-        storage.remove(storage.join(checkpoint_url(run_url, step), MARKER))
-        storage.remove(checkpoint_url(run_url, step))
-    return removed

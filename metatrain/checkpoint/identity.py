@@ -31,7 +31,7 @@ def identity(config: Config, dataset_fingerprint: str) -> dict[str, Any]:
         parts["train"] |= {"epochs": config.train.epochs, "max_steps": config.train.max_steps}
     parts["model"]["learner"] = placeless_name(config.model.learner)
     parts["meta"]["algorithm"] = placeless_name(config.meta.algorithm)
-    return _flat(parts, "")
+    return flat(parts, "")
 
 
 def check_identity(saved: dict[str, Any], current: dict[str, Any], where: str) -> None:
@@ -95,7 +95,8 @@ def _differing(saved: dict[str, Any], current: dict[str, Any]) -> str:
     return shown + (f"; and {len(differing) - 8} more" if len(differing) > 8 else "")
 
 
-def _flat(value: Any, name: str) -> dict[str, Any]:
+def flat(value: Any, name: str) -> dict[str, Any]:
+    """Nested mappings as one, by dotted names that begin with `name`."""
     if isinstance(value, dict):
-        return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{name}.{key}" if name else key).items()}
+        return {k: v for key, inner in value.items() for k, v in flat(inner, f"{name}.{key}" if name else key).items()}
     return {name: value}

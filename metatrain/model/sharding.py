@@ -110,6 +110,25 @@ class Distributed:
                 state[f"{OPTIMIZER_PREFIX}{table}.{name.removeprefix(f'{table}.')}"] = self._as_dtensor(value)
         return state
 
+    def track(self) -> dict[str, Tensor]:
+        """From now on, marks the rows of tables that training steps touch.
+
+        Returns:
+            Name in `state_dict`, of tables and of their fused optimizer's state, → bool, one for each of this rank's
+            rows: the very bitmap, for others to read and to clear.
+        """
+        of_table: dict[str, Tensor] = {}
+        found: dict[str, Tensor] = {}
+        for prefix, tables in self.model.named_modules():
+            if isinstance(tables, Tables):
+                bitmaps = tables.track()
+                of_table |= bitmaps
+                found |= {f"{prefix}.{tables.weight_name(table)}": bitmap for table, bitmap in bitmaps.items()}
+        for name in self.state_dict():
+            if name.startswith(OPTIMIZER_PREFIX):
+                found[name] = of_table[name.removeprefix(OPTIMIZER_PREFIX).rpartition(".")[0]]
+        return found
+
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Loads what `state_dict` gives; a table may also come whole, as a plain tensor.

@@ -48,8 +48,8 @@ class _Exchange:
     TorchRec's own `forward` waits for each exchange of a collection before it begins the next collection's.
     """
 
-    def __init__(self, collection: nn.Module, ids: KeyedJaggedTensor) -> None:
-        self._collection, self._ids = collection, ids
+    def __init__(self, collection: nn.Module, ids: KeyedJaggedTensor, touched: _Touched | None) -> None:
+        self._collection, self._ids, self._touched = collection, ids, touched
         if isinstance(collection, ShardedEmbeddingCollection):
             self._context = collection.create_context()
             self._sizes = collection.input_dist(self._context, ids)
@@ -62,10 +62,42 @@ class _Exchange:
 
     def rows(self) -> Mapping[str, JaggedTensor]:
         """Reads the rows and begins to send them; the first use of the result waits for them."""
+        # Only what a backward pass may change: validation reads and leaves no mark.
+        touched = self._touched if torch.is_grad_enabled() else None
         if not isinstance(self._collection, ShardedEmbeddingCollection):
+            if touched is not None:
+                touched.mark(self._ids)
             return self._collection(self._ids)
         self.send()
-        return cast(Any, self._collection.compute_and_output_dist(self._context, self._values.wait()))
+        asked = self._values.wait()
+        if touched is not None:
+            for ids in asked:  # of this rank's rows, by their places in its shard
+                touched.mark(ids)
+        return cast(Any, self._collection.compute_and_output_dist(self._context, asked))
+
+
+class _Touched:
+    """Which of this process's rows of a collection were looked up to be changed: one bitmap for all its tables."""
+
+    def __init__(self, rows: dict[str, int], device: torch.device) -> None:
+        self._starts, start = {}, 0
+        for table, count in rows.items():
+            self._starts[table] = start
+            start += count
+        self._bitmap = torch.zeros(start, dtype=torch.bool, device=device)
+        self.of_table = dict(zip(rows, self._bitmap.split(list(rows.values())), strict=True))
+
+    def mark(self, ids: KeyedJaggedTensor) -> None:
+        """Marks the rows of these ids: its keys are tables, its values places among this process's rows."""
+        values = ids.values().long()
+        if len(self._starts) > 1:
+            tables = ids.keys()
+            starts = torch.tensor([self._starts[table] for table in tables])
+            counts = ids.lengths().view(len(tables), -1).sum(1)
+            # With the size told, a GPU need not be waited for.
+            starts = starts.to(values.device, non_blocking=True)
+            values = values + starts.repeat_interleave(counts, output_size=values.numel())
+        self._bitmap.index_fill_(0, values, True)
 
 
 @dataclass(frozen=True)
@@ -164,6 +196,7 @@ class Tables(nn.Module):
                 for width, specs in self._by_width.items()
             }
         )
+        self._touched: dict[str, _Touched] = {}
         self.initialise()
 
     def forward(self, ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -190,7 +223,10 @@ class Tables(nn.Module):
         for spec in self.specs:
             _check_range(spec, keys[spec.name])
         # All exchanges are begun before any is waited for.
-        exchanges = [(s, _Exchange(self.collections[width], _jagged(s, keys))) for width, s in self._by_width.items()]
+        exchanges = [
+            (s, _Exchange(self.collections[width], _jagged(s, keys), self._touched.get(width)))
+            for width, s in self._by_width.items()
+        ]
         sizes = {feature: tensor.numel() for feature, tensor in ids.items()}
         return Request(asked, sizes, keys, positions, exchanges)
 
@@ -231,6 +267,24 @@ class Tables(nn.Module):
         weights = 1.0 / requests[torch.searchsorted(asked, local)]
         squares = torch.cat([found.tables[spec.name][1].square().sum(1) for spec in self.specs])
         return (squares * weights).sum()
+
+    def weight_name(self, table: str) -> str:
+        """The name of a table's rows in `state_dict`."""
+        width = next(width for width, specs in self._by_width.items() if table in [spec.name for spec in specs])
+        return f"collections.{width}.embeddings.{table}.weight"
+
+    def track(self) -> dict[str, Tensor]:
+        """From now on, marks the rows that are looked up where gradients are on: these may change.
+
+        Returns:
+            Table → bool, one for each of this process's rows: the very bitmap, for others to read and to clear.
+        """
+        for width, specs in self._by_width.items():
+            held = {s.name: _local_parts(self.collections[width], s.name) for s in specs}
+            rows = {name: sum(len(part) for _, part in parts if part.numel()) for name, parts in held.items()}
+            device = next((part.device for parts in held.values() for _, part in parts), torch.device("cpu"))
+            self._touched[width] = _Touched(rows, device)
+        return {table: bitmap for touched in self._touched.values() for table, bitmap in touched.of_table.items()}
 
     def initialise(self) -> None:
         """Writes the initial rows, in the shards that this process has. See the function `initialise`."""

@@ -53,7 +53,7 @@ _CHARTS: dict[str, dict[str, str]] = {
         "events a second": "speed/events_per_second$",
         "shares of the time": "time/",
         "seconds of a step": "speed/step_seconds$",
-        "seconds of a checkpoint": "speed/checkpoint_seconds$",
+        "seconds that training waits for a checkpoint": "speed/checkpoint_seconds$",
         "memory of a worker, GiB": "speed/memory_gib$",
         "restarts of workers and of readers": "speed/(restarts|reader_restarts)$",
     },

@@ -22,7 +22,7 @@ from ray.train.v2.api.config import LoggingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from metatrain import storage
-from metatrain.checkpoint import committed_steps, read_marker
+from metatrain.checkpoint import committed_steps, open_checkpoint, read_marker
 from metatrain.checkpoint.identity import check_identity, identity
 from metatrain.config import Config, to_yaml, validated
 from metatrain.data.dataset import TaskDataset
@@ -108,7 +108,7 @@ def check(config: Config) -> None:
                     remedy="Lower `support_min`, `query_min` or `events_min`, or prepare other data.",
                 )
     if steps := committed_steps(config.run_url):
-        marker = read_marker(config.run_url, steps[-1])
+        marker = open_checkpoint(config.run_url, steps[-1]).marker
         check_identity(marker.identity, identity(config, dataset.fingerprint), config.run_url)
 
 

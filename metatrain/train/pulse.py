@@ -38,9 +38,13 @@ class Pulse:
         if stage not in self.first:
             self.first[stage] = time.time()
 
+    def go_on(self) -> None:
+        """Says that a long stage has come further."""
+        self._since = time.monotonic()
+
     @property
     def idle_seconds(self) -> float:
-        """Seconds since the last stage began."""
+        """Seconds since the last stage began, or has come further."""
         return time.monotonic() - self._since
 
 

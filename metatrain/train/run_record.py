@@ -7,9 +7,7 @@ of the curves did not need already.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -82,14 +80,10 @@ class RunRecord:
         self._final |= {"final/validation_loss": best, "final/validation_gain": before - after}
         self._tell({"step": step, "steps": of, "validation_loss": after, "best": improved})
 
-    @contextmanager
-    def saving(self, step: int, metrics: Mapping[str, float]) -> Iterator[None]:
-        """A checkpoint is written inside the block, which ends when it is committed."""
-        begun = time.monotonic()
-        yield
+    def saving(self, step: int, metrics: Mapping[str, float], seconds: float) -> None:
+        """A checkpoint has begun to be written, for which training stood still for some seconds."""
         if self._board is None:
             return
-        seconds = time.monotonic() - begun
         self._board.scalars({"speed/checkpoint_seconds": seconds}, step)
         self._board.flush()
         message: dict[str, Any] = {"checkpoint": step, "checkpoint_seconds": seconds}

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from metatrain import faults
-from metatrain.checkpoint import MODEL, Cursor, committed_steps, load_checkpoint, read_marker, save_checkpoint
+from metatrain.checkpoint import MODEL, Cursor, Marker, Saver, committed_steps, load_checkpoint, read_marker
 from metatrain.checkpoint.identity import check_identity, identity
 from metatrain.config import Config
 from metatrain.data.batch import TaskBatch
@@ -68,9 +68,8 @@ def is_over(config: Config, cursor: Cursor, last: int, patience: Patience) -> bo
 
 def run_state(distributed: Distributed, optimizer: DenseOptimizer) -> dict[str, Any]:
     """A run's tensors by name: the very ones, so that loading into them in place restores the run."""
-    tensors = distributed.state_dict().items()
     return {
-        **{name if name.startswith(OPTIMIZER_PREFIX) else f"{MODEL}{name}": value for name, value in tensors},
+        **{_stored_name(name): value for name, value in distributed.state_dict().items()},
         **{f"optimizer.{name}": value for name, value in optimizer.state_dict().items()},
     }
 
@@ -91,7 +90,16 @@ class Training:
         self.must_equal = identity(config, self.dataset.fingerprint)
         self.pulse = seat.pulse
         self.pulse.enter("restore")
-        self.cursor, self.patience, self.guard = self._restored()
+        # Of tables' rows, which have changed since the last full checkpoint.
+        differential = config.train.checkpoint.full_every > 1
+        touched = {_stored_name(n): bitmap for n, bitmap in self.distributed.track().items()} if differential else {}
+        marker = self._restored(touched)
+        loop = marker.loop if marker else {}
+        self.cursor = marker.cursor if marker else Cursor()
+        self.patience = Patience(config.train.early_stopping, loop)
+        self.guard = Guard(config.train, seat.device, loop.get("guard"))
+        state = run_state(self.distributed, self.optimizer)
+        self.saver = Saver(config.run_url, config.train.checkpoint, state, touched, marker, self.pulse.go_on)
         self.pulse.enter("start", self.cursor.total)
         self.saved_at, self.saved_time = self.cursor.total, time.monotonic()
         self.lanes = lanes_of(range(config.data.lanes), seat.world_size, seat.rank)
@@ -132,6 +140,7 @@ class Training:
                 if self.audit is not None:
                     self.audit.add(self.cursor, batch)
                 self.cursor = Cursor(epoch=epoch, step=self.cursor.step + 1, total=self.cursor.total + 1)
+                self.saver.check()
                 self.totals.add(outcome, batch)
                 if not begun:
                     begun = True
@@ -156,6 +165,8 @@ class Training:
             metrics, improved = self._validate()
             if improved or due or self._over():
                 self._save(metrics)
+        self.pulse.enter("checkpoint", self.cursor.total)
+        self.saver.wait()
         self.record.end(self.cursor.total)
         self.pulse.enter("end", self.cursor.total)
         self.seat.tell(
@@ -183,9 +194,10 @@ class Training:
             yield tensors
 
     def close(self) -> None:
-        """Ends the readers, and writes what is left of the curves."""
+        """Ends the readers, lets a save come to its end, and writes what is left of the curves."""
         self.stream.close()
         self.validation.close()
+        self.saver.close()
         self.record.close()
         if self.audit is not None:
             self.audit.close()
@@ -193,14 +205,15 @@ class Training:
     def _over(self) -> bool:
         return is_over(self.config, self.cursor, self.last, self.patience)
 
-    def _restored(self) -> tuple[Cursor, Patience, Guard]:
-        run, rule, train = self.config.run_url, self.config.train.early_stopping, self.config.train
+    def _restored(self, touched: dict[str, torch.Tensor]) -> Marker | None:
+        """Loads the run's last checkpoint, where there is one."""
+        run = self.config.run_url
         if not (steps := committed_steps(run)):
-            return Cursor(), Patience(rule), Guard(train, self.seat.device)
+            return None
         check_identity(read_marker(run, steps[-1]).identity, self.must_equal, run)
-        marker = load_checkpoint(run, steps[-1], run_state(self.distributed, self.optimizer))
+        marker = load_checkpoint(run, steps[-1], run_state(self.distributed, self.optimizer), touched)
         self.seat.tell({"say": f"going on from the checkpoint at step {marker.cursor.total}"})
-        return marker.cursor, Patience(rule, marker.loop), Guard(train, self.seat.device, marker.loop.get("guard"))
+        return marker
 
     def _due_by_steps(self) -> bool:
         every = self.config.train.checkpoint.every_steps
@@ -241,23 +254,22 @@ class Training:
             self.audit.sync()
         config = self.config
         self.pulse.enter("checkpoint", self.cursor.total)
-        with self.record.saving(self.cursor.total, metrics or {}):
-            save_checkpoint(
-                config.run_url,
-                run_state(self.distributed, self.optimizer),
-                cursor=self.cursor,
-                identity=self.must_equal,
-                loop={**self.patience.state(), "guard": self.guard.state()},
-                configuration=config.model_dump(mode="json"),
-                metrics=metrics or {},
-                keep=config.train.checkpoint.keep,
-            )
+        saved = self.saver.save(
+            run_state(self.distributed, self.optimizer),
+            cursor=self.cursor,
+            identity=self.must_equal,
+            loop={**self.patience.state(), "guard": self.guard.state()},
+            configuration=config.model_dump(mode="json"),
+            metrics=metrics or {},
+        )
+        self.record.saving(self.cursor.total, metrics or {}, saved.waited + saved.copied)
         self.saved_at, self.saved_time = self.cursor.total, time.monotonic()
 
     def _save_at_once(self, wish: int) -> None:
         """Saves because a rank was asked to, and lets those know who wait for it."""
         self._save()
         if wish:
+            self.saver.wait()  # who asked wants it on storage
             asked = self.seat.asked
             self.seat.tell({"say": f"a checkpoint at step {self.cursor.total}: {asked.reason}"})
             asked.meet(wish)
@@ -266,6 +278,7 @@ class Training:
         """Ends the run where a step was bad. Collective: all ranks end."""
         if (total := self.guard.first_bad()) is None:
             return
+        self.saver.wait()  # the checkpoint that is being written may be the last good one
         epoch, step = coordinates(total, self.steps_of)
         data, run = self.config.data, self.config.run_url
         bad = BadStep(
@@ -295,6 +308,11 @@ class Training:
                 remedy="Lower `meta.rate` or the rates of `train.optimizer`, or clip with `train.optimizer.clip`, "
                 "under another `run.name`.",
             )
+
+
+def _stored_name(name: str) -> str:
+    """A checkpoint's name for what `Distributed.state_dict` calls `name`."""
+    return name if name.startswith(OPTIMIZER_PREFIX) else f"{MODEL}{name}"
 
 
 def _with_next(batches: Iterator[TaskBatch]) -> Iterator[tuple[TaskBatch, TaskBatch | None]]:

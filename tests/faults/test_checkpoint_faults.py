@@ -1,0 +1,112 @@
+"""A kill at every phase of a checkpoint: what loads afterwards is the one before it or the new one, whole."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from metatrain import faults
+from metatrain.checkpoint import committed_steps, read_tensors
+from metatrain.errors import StorageError
+from metatrain.faults import Fault
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "distributed"))
+
+from checkpointed import Small
+from ranks import RankError, run_ranks
+
+pytestmark = pytest.mark.timeout(300)
+
+#: Phase → whether the new checkpoint is there after a kill in it.
+PHASES = {
+    "checkpoint.copy": False,
+    "checkpoint.copied": False,
+    "checkpoint.write": False,
+    "checkpoint.metadata": False,
+    "checkpoint.commit": False,
+    "checkpoint.committed": True,
+    "checkpoint.prune": True,
+}
+#: Both ranks copy and write; rank 0 alone commits.
+KILLS = [(phase, rank) for phase in PHASES for rank in ((0, 1) if phase in list(PHASES)[:3] else (0,))]
+
+
+def train(rank: int, world_size: int, run: str, plan: str | None, full_every: int) -> dict[int, dict[str, Tensor]]:
+    """From the newest checkpoint to step 5, a checkpoint after each step from 2 on: the states by step."""
+    faults.activate(plan)
+    small = Small(rank, world_size, run, full_every=full_every, keep=1)
+    if steps := committed_steps(run):
+        small.load(steps[-1])
+    states = {}
+    while small.total < 5:
+        small.train(2 if small.total == 0 else 1)
+        states[small.total] = small.whole()
+        small.save(wait=False)
+    small.saver.wait()
+    return states
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Tensor]]:
+    return run_ranks(train, 2, str(tmp_path_factory.mktemp("run")), None, 1)[0]
+
+
+def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+@pytest.mark.parametrize("full_every", [1, 10], ids=["full", "differential"])
+@pytest.mark.parametrize(("phase", "rank"), KILLS)
+def test_a_kill_leaves_the_checkpoint_before_it_or_the_new_one(
+    undisturbed: dict[int, dict[str, Tensor]], tmp_path: Path, phase: str, rank: int, full_every: int
+) -> None:
+    run, plan = str(tmp_path / "run"), str(tmp_path / "plan.json")
+    faults.write_plan(plan, [Fault(at=phase, rank=rank, step=4, action="kill")])
+    with pytest.raises(RankError):
+        run_ranks(train, 2, run, plan, full_every)
+    (fired,) = faults.fired(plan)
+    assert (fired["at"], fired["place"]["step"]) == (phase, 4)
+    newest = committed_steps(run)[-1]
+    assert newest == (4 if PHASES[phase] else 3)
+    for step in committed_steps(run):
+        assert_equal(read_tensors(run, step), undisturbed[step])
+    # The same again goes on, clears up, and ends as if nothing had happened.
+    states = run_ranks(train, 2, run, plan, full_every)[0]
+    assert min(states) == newest + 1
+    assert_equal(states[5], undisturbed[5])
+    assert_equal(read_tensors(run, 5), undisturbed[5])
+    assert committed_steps(run) == ([5] if full_every == 1 else [2, 5])
+
+
+def fail(rank: int, world_size: int, run: str, plan: str) -> str:
+    """Storage fails under a save: the next one says so, on every rank."""
+    faults.activate(plan)
+    small = Small(rank, world_size, run)
+    small.train(1)
+    small.save()
+    small.train(1)
+    small.save(wait=False)
+    small.train(1)  # goes on meanwhile
+    try:
+        small.save()
+    except StorageError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def test_a_full_disk_is_told_on_every_rank_and_the_checkpoint_before_it_stays(tmp_path: Path) -> None:
+    run, plan = str(tmp_path / "run"), str(tmp_path / "plan.json")
+    faults.write_plan(plan, [Fault(at="checkpoint.write", rank=1, step=2, action="error", errno="ENOSPC", times=50)])
+    told = run_ranks(fail, 2, run, plan)
+    for text in told:
+        assert "The disk is full" in text
+        assert "bytes are free" in text
+        assert "remedy" in text
+    assert committed_steps(run) == [1]
+    read_tensors(run, 1)
