@@ -56,6 +56,8 @@ use_token() {
     export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$CLUSTER/token"
     # What the shell says of another cluster must not lead there.
     unset RAY_ADDRESS RAY_API_SERVER_ADDRESS RAY_AUTH_TOKEN
+    # A job's command is `python …`: that of the same environment.
+    PATH="$(dirname "$(command -v "$RAY")"):$PATH"
 }
 
 start_node() { # NAME ARGUMENT…: starts a raylet that stays when this script ends

@@ -61,6 +61,17 @@ def test_configuration_reference_names_every_section():
     assert "| `last` |" in evaluate.split("## ")[0]
 
 
+def test_the_recipe_of_own_data_fits_its_files():
+    page = ROOT / "docs" / "own-data.md"
+    [recipe] = blocks(page, "yaml")
+    config = validated(yaml.safe_load(recipe), where=str(page))
+    log, items, events = (text.splitlines()[0].split(",") for text in blocks(page, "csv"))
+    columns = config.prepare.columns
+    assert [columns.task, columns.item, columns.label, columns.timestamp] == log
+    assert {columns.item, "title", *(feature.name for feature in config.prepare.features)} == set(items)
+    assert events == ["item", "label"]
+
+
 def test_configuration_example_is_valid():
     [example] = blocks(ROOT / "docs" / "configuration.md", "yaml")
     config = validated(yaml.safe_load(example), where="docs/configuration.md")

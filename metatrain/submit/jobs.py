@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import re
 import sys
@@ -31,6 +32,14 @@ ENTRYPOINT = f"python -m metatrain train env:{RECIPE_VARIABLE} --address auto"
 PAUSE = 0.5
 #: Seconds that the job server may be out of reach before following ends.
 PATIENCE = 60.0
+
+# Ray's client tells of each upload and each connection, in its own words.
+for _name in (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+):
+    logging.getLogger(_name).setLevel(logging.WARNING)
 
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 

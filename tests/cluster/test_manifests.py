@@ -81,10 +81,12 @@ def test_a_misspelt_field_would_be_found():
 
 def test_the_rayjob_of_the_repository_is_what_is_rendered():
     config = load_config(str(ROOT / "configs/cluster-gpu.yaml"))
-    text = (ROOT / "cluster/rayjob.yaml").read_text()
-    assert "".join(line for line in text.splitlines(keepends=True) if not line.startswith("#")) == manifest(
-        config, "metatrain:latest-gpu", {}, TABLES
-    ), "python tools/cluster_manifest.py writes it anew"
+    written = check("RayJob", (ROOT / "cluster/rayjob.yaml").read_text())
+    rendered = check("RayJob", manifest(config, "metatrain:latest-gpu", {}, TABLES))
+    recipes = [yaml.safe_load(job["spec"].pop("runtimeEnvYAML"))["env_vars"] for job in (written, rendered)]
+    assert written == rendered, "python tools/cluster_manifest.py writes it anew"
+    # Fields that came later have their defaults.
+    assert [validated(yaml.safe_load(of[RECIPE_VARIABLE]), where="rayjob.yaml") for of in recipes] == [config, config]
 
 
 def test_the_cluster_that_stays_has_kuberays_fields():
