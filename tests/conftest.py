@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _stage(item: pytest.Item) -> int:
     folder = item.path.relative_to(_TESTS).parts[0]
-    if folder == "faults":
+    if folder == "faults" or item.path.name == "test_cluster_run.py":
         return 3
     if item.get_closest_marker("ray") or "ray" in vars(getattr(item, "module", item)):
         return 2
