@@ -150,11 +150,12 @@ def _load(stored: Stored, state: dict[str, Any], touched: Mapping[str, Tensor] |
             if not names:
                 continue
             part = {name: state[name] for name in sorted(names)}
+            marked = touched if stored.base is not None and contents is stored.contents else None
             planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
             with warnings.catch_warnings():
                 # Without a process group is what is meant here.
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-                dcp.load(part, storage_reader=Reader(url, contents, touched), planner=planner, no_dist=no_dist)
+                dcp.load(part, storage_reader=Reader(url, contents, marked), planner=planner, no_dist=no_dist)
     except CheckpointException as error:
         causes = [cause for cause, _ in error.failures.values()]
         ours = next((cause for cause in causes if isinstance(cause, CheckpointError)), None)

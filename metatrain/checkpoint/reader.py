@@ -32,7 +32,7 @@ class Reader(StorageReader):
     Args:
         url: The checkpoint's folder.
         contents: What its files hold.
-        touched: Of some tensors, a bitmap of this rank's rows, in which those that came from here are marked.
+        touched: Of some tensors, a bitmap of this rank's rows, in which those that come from here are marked.
     """
 
     def __init__(self, url: str, contents: Contents, touched: Mapping[str, Tensor] | None = None) -> None:
@@ -71,10 +71,11 @@ class Reader(StorageReader):
                     start = item.storage_offsets[0] if len(item.storage_offsets) else 0
                     if chunk.touched is None:
                         _read_rows(file, chunk, start, target)
+                        rows = slice(None)
                     else:
                         rows = self._read_touched(file, chunk, start, target)
-                        if (bitmap := self._touched.get(item.dest_index.fqn)) is not None:
-                            bitmap[rows.to(bitmap.device) + item.dest_offsets[0]] = True
+                    if (bitmap := self._touched.get(item.dest_index.fqn)) is not None:
+                        bitmap.narrow(0, item.dest_offsets[0], item.lengths[0])[rows] = True
         done: Future[None] = Future()
         done.set_result(None)
         return done

@@ -1,7 +1,7 @@
 """The local copy of a run's tensors: all that training waits for. Buffers are made once and used again.
 
 A full checkpoint copies every tensor; a differential one copies, of the tables, the rows that were touched since the
-last full one.
+last full one: or all, where these are nearly all.
 """
 
 from __future__ import annotations
@@ -60,12 +60,18 @@ class Buffers:
                 rows = bitmap.nonzero().squeeze(1)
                 indices[id(bitmap)] = rows, rows.to("cpu", index_dtype(bitmap.numel()))
             rows, index = indices[id(bitmap)]
+            encoding = encodings.get(name, "exact")
+            if encoding == "exact" and rows.numel() * part[:1].nbytes + index.nbytes > part.nbytes:
+                # With their numbers these rows would take more room than all rows.
+                buffer.copy_(part, non_blocking=True)
+                staged[name] = Staged(buffer)
+                continue
             data = buffer[: rows.numel()]
             if part.is_cuda:
                 data.copy_(part.index_select(0, rows), non_blocking=True)
             else:
                 torch.index_select(part, 0, rows, out=data)
-            staged[name] = Staged(data, index, encodings.get(name, "exact"))
+            staged[name] = Staged(data, index, encoding)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return staged
