@@ -56,6 +56,9 @@ def settings(config: Config, dataset: TaskDataset) -> dict[str, bool | int | flo
     given, default = (
         _flat(c.model_dump(mode="json", include={"data", "model", "meta", "train"})) for c in (config, Config())
     )
+    if isinstance(workers := config.train.workers, tuple):
+        given = {name: value for name, value in given.items() if not name.startswith("train.workers.")}
+        given["train.workers"] = "{} to {}".format(*workers)
     found = {"dataset": dataset.manifest.name}
     found |= {name: given[name] for name in _SHOWN}
     changed = {name for name, value in given.items() if value != default.get(name)}

@@ -28,6 +28,7 @@ from metatrain.errors import TrainingError
 from metatrain.model.build import build_model
 from metatrain.model.sharding import OPTIMIZER_PREFIX, Distributed, distribute
 from metatrain.observe.laps import Laps
+from metatrain.train import room
 from metatrain.train.audit import AuditLog, next_attempt
 from metatrain.train.early_stopping import Patience
 from metatrain.train.guard import Guard
@@ -102,6 +103,10 @@ class Training:
         self.saver = Saver(config.run_url, config.train.checkpoint, state, touched, marker, self.pulse.go_on)
         self.pulse.enter("start", self.cursor.total)
         self.saved_at, self.saved_time = self.cursor.total, time.monotonic()
+        self.checkpoint_bytes = room.checkpoint_bytes(state)
+        keep = config.train.checkpoint.keep
+        if seat.rank == 0 and (told := room.warning(config.run_url, self.checkpoint_bytes, keep)):
+            seat.tell({"say": told})
         self.lanes = lanes_of(range(config.data.lanes), seat.world_size, seat.rank)
         self.validation = open_reader(self.dataset, config, Split.VALIDATION)
         self.stream = TaskStream(
@@ -254,6 +259,8 @@ class Training:
             self.audit.sync()
         config = self.config
         self.pulse.enter("checkpoint", self.cursor.total)
+        if self.seat.rank == 0 and config.train.checkpoint.full_every == 1:  # a differential one takes what it takes
+            room.check(config.run_url, self.checkpoint_bytes)
         saved = self.saver.save(
             run_state(self.distributed, self.optimizer),
             cursor=self.cursor,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from metatrain.config import validated
 from metatrain.errors import ConfigError, TrainingError
 from metatrain.train import supervise
 from metatrain.train.pulse import STAGES, Asked, Pulse
+from metatrain.train.run_text import settings
 from metatrain.train.session import cpus_of, worker_cpus
 from metatrain.train.supervise import Rank, Watch, backoff
 
@@ -175,3 +179,11 @@ def test_workers_are_a_number_or_a_range(written: object, kept: object) -> None:
 def test_workers_that_make_no_range_or_have_no_lanes_are_refused(written: object) -> None:
     with pytest.raises(ConfigError):
         validated({"train": {"workers": written}, "data": {"lanes": 8}}, "test")
+
+
+def test_a_range_of_workers_is_a_setting_among_others() -> None:
+    dataset: Any = SimpleNamespace(manifest=SimpleNamespace(name="tiny"))
+    told = settings(validated({"train": {"workers": {"min": 1, "max": 4}}}, "test"), dataset)
+    assert told["train.workers"] == "1 to 4"
+    assert not any(name.startswith("train.workers.") for name in told)
+    assert settings(validated({"train": {"workers": 4}}, "test"), dataset)["train.workers"] == 4
