@@ -252,10 +252,26 @@ class DataConfig(Section):
     """Logical streams that an epoch is dealt into: the most workers that can ever train the run."""
     shuffle_row_groups: Positive = 8
     """Row groups in a lane's shuffle window: memory against randomness."""
-    readers_per_worker: Positive = 1
-    """TaskReader actors that feed a worker."""
+    readers_per_worker: Positive | Literal["auto"] = 1
+    """TaskReader actors that feed a worker. auto: one at the start, then as many as keep up, by the measured rates of
+    readers and worker, up to `most_readers_per_worker`. Batches don't depend on it."""
+    most_readers_per_worker: Positive = 4
+    """With `readers_per_worker: auto`: the most there may be. Those after the first take CPUs that are free: on the
+    worker's node, else on nodes without GPUs, in the same zone where nodes are labelled with theirs."""
     prefetch: Positive = 16
     """Steps that a reader works ahead. It makes up to half of them in one call, which small steps need to come fast."""
+    prefetch_memory: Positive = 512
+    """MiB of batches that may wait for a worker in the object store: large steps are prefetched less far."""
+
+    @property
+    def first_readers(self) -> int:
+        """Readers of a worker at the start."""
+        return 1 if self.readers_per_worker == "auto" else self.readers_per_worker
+
+    @property
+    def most_readers(self) -> int:
+        """Readers that a worker may come to have."""
+        return self.most_readers_per_worker if self.readers_per_worker == "auto" else self.readers_per_worker
 
     @model_validator(mode="after")
     def _divides(self) -> DataConfig:
@@ -265,6 +281,29 @@ class DataConfig(Section):
 
 
 # --- model and meta ------------------------------------------------------------------------------------------------
+
+
+class TableConfig(Section):
+    """How an embedding table is spread over the workers. It may change when a run is resumed."""
+
+    sharding: Literal["row_wise", "table_wise", "column_wise", "data_parallel", "auto"] = "row_wise"
+    """row_wise: each worker holds a block of the rows; table_wise: one worker holds all of it; column_wise: workers
+    hold columns (not with `rowwise_adagrad`, whose state is of whole rows); data_parallel: every worker holds all of
+    it, and its whole gradient is all-reduced (for small tables); auto: TorchRec's planner chooses."""
+    kernel: Literal["fused", "fused_uvm", "fused_uvm_caching"] = "fused"
+    """fused: rows in the memory of the device that computes; fused_uvm: in the host's, read by the GPU;
+    fused_uvm_caching: in the host's, with a cache on the GPU. The latter two need `train.gpus`, and were not tried on a
+    GPU yet."""
+    cache: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """fused_uvm_caching: share of the rows that the GPU's cache holds."""
+
+    @model_validator(mode="after")
+    def _replicated_in_place(self) -> TableConfig:
+        if self.sharding == "data_parallel" and self.kernel != "fused":
+            raise ValueError(
+                f"a data_parallel table lies on the device that computes: kernel {self.kernel!r} is for others"
+            )
+        return self
 
 
 class ModelConfig(Section):
@@ -304,6 +343,9 @@ class ModelConfig(Section):
     """Standard deviation of the tables' initial rows."""
     numeric_scale: PositiveFloat = 0.1
     """Factor of numeric and vector features: standardised numbers beside small embeddings would rule the inner loop."""
+    tables: dict[str, TableConfig] = {}
+    """How embedding tables are spread over the workers, by name or pattern (`"*": {sharding: auto}`). A table's own
+    name goes before patterns, and the first pattern before later ones; a table that none matches is sharded by rows."""
 
 
 class MetaConfig(Section):
@@ -419,6 +461,9 @@ class TrainConfig(Section):
     """CPU threads of a worker's tensor operations. 0: torch's choice."""
     gpus: bool = False
     """Whether each worker takes a GPU."""
+    placement: Literal["pack", "spread"] = "pack"
+    """pack: workers on as few nodes as have room, so that they exchange rows through memory; spread: over all nodes, so
+    that each has more of a node's memory, network and disk."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: mixed precision of the base learner, where the device has it."""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -538,6 +583,20 @@ class Config(Section):
         return storage.join(storage.absolute(self.run.storage), self.run.name)
 
     @model_validator(mode="after")
+    def _tables_can_be_held(self) -> Config:
+        for name, table in self.model.tables.items():
+            if table.kernel != "fused" and not self.train.gpus:
+                raise ValueError(
+                    f"model.tables.{name}.kernel ({table.kernel}) is for GPUs: set train.gpus, or kernel: fused"
+                )
+            if table.sharding == "column_wise" and self.train.optimizer.table == "rowwise_adagrad":
+                raise ValueError(
+                    f"model.tables.{name}.sharding (column_wise) splits rows, of which train.optimizer.table "
+                    "(rowwise_adagrad) keeps one sum: set the optimizer to adagrad or sgd, or another sharding"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _workers_have_lanes(self) -> Config:
         if self.train.most_workers > self.data.lanes:
             raise ValueError(
@@ -637,7 +696,7 @@ def _explained(error: ValidationError, where: str) -> ConfigError:
 def _fields_at(path: list[str]) -> list[str]:
     section: Any = Config
     for part in path:
-        if part.isdigit():
+        if part not in section.model_fields:  # a place in a list, or a key of a mapping to sections
             continue
         section = _section_of(section.model_fields[part].annotation)
         if section is None:

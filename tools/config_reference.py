@@ -77,7 +77,9 @@ def sections(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, type
     for name, field in model.model_fields.items():
         inner = section_of(field.annotation)
         if inner is not None:
-            at = f"{path}{name}" + ("[]" if inner is not field.annotation else "")
+            at = f"{path}{name}"
+            if inner is not field.annotation:
+                at += ".NAME" if typing.get_origin(field.annotation) is dict else "[]"
             yield at, inner
             yield from sections(inner, f"{at}.")
 
@@ -149,8 +151,8 @@ def rows(path: str, section: type[BaseModel]) -> Iterator[str]:
 
 
 def default_at(path: str) -> BaseModel | None:
-    """The section's instance in a default configuration; None inside a list, which is empty by default."""
-    if "[]" in path:
+    """The section's instance in a default configuration; None inside a list or mapping, which is empty by default."""
+    if "[]" in path or ".NAME" in path:
         return None
     value: Any = Config()
     for part in path.split("."):

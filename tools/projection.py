@@ -8,17 +8,18 @@ The terms of one task (a user), which the benchmarks print:
     reader_us    CPU time from Parquet to a batch on one core                         bench_reader.py, through the actor
     prepare_us   time of preparing one event on two cores                             bench_prepare.py
 
-What is counted: operations of the recipe's inner loop (`low_rank_cost`), bytes of rows that cross the network (each
-distinct id's row there and its gradient back, a float each). What is assumed, and can be changed: a GPU's float32 rate
-and memory rate from its data sheet, the share of that rate which the inner loop reaches, the network of a GPU, the
-share of ids that are distinct in a step, and that the rest of a step takes as long as the inner loop. It is a
-projection: no run of this size was made.
+What is counted: operations of the recipe's inner loop (`low_rank_cost`), bytes that cross the network (`step_bytes`:
+each distinct id that lies elsewhere, its row there and its gradient back; bench_traffic.py holds it against what is
+sent). What is assumed, and can be changed: a GPU's float32 rate and memory rate from its data sheet, the share of
+that rate which the inner loop reaches, the network of a GPU, the share of ids that are distinct in a step, and that
+the rest of a step takes as long as the inner loop. It is a projection: no run of this size was made.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -26,7 +27,28 @@ from bench_common import write_json
 
 from metatrain.meta.low_rank_cost import Shapes, low_rank_cost
 
+ID_BYTES, NUMBER_BYTES = 8, 4
 LAUNCH_SECONDS = 5e-6  # of one GPU kernel, from the host
+
+
+def step_bytes(looked_up: Iterable[tuple[int, float]], workers: int, dense: int) -> dict[str, float]:
+    """Bytes that one of the workers sends to the others in a step, by kind, where tables are sharded by rows.
+
+    Ids, and so rows, are spread evenly over the workers: all but one in `workers` of them lie elsewhere. A ring sends
+    each of the dense gradients twice, but for the worker's own part.
+
+    Args:
+        looked_up: Of each table its width, and the distinct ids that the worker looks up in a step.
+        workers: How many there are.
+        dense: Numbers in the dense parameters.
+    """
+    away = (workers - 1) / workers
+    found = dict.fromkeys(("ids", "rows", "gradients"), 0.0)
+    for width, ids in looked_up:
+        found["ids"] += away * ids * ID_BYTES
+        found["rows"] += away * ids * width * NUMBER_BYTES
+        found["gradients"] += away * ids * width * NUMBER_BYTES
+    return found | {"dense": 2 * away * dense * NUMBER_BYTES}
 
 
 def rows(o: argparse.Namespace) -> list[dict[str, float | str]]:
@@ -35,7 +57,8 @@ def rows(o: argparse.Namespace) -> list[dict[str, float | str]]:
     shapes = Shapes(o.tasks_per_step, o.support, o.query, inputs, hidden, 0, o.steps, 2, True)
     cost = low_rank_cost(shapes)
     events = o.users * o.events_per_user
-    bytes_a_task = 2 * 4 * o.row_width * o.distinct * (o.support + o.query)
+    distinct = o.distinct * (o.support + o.query)
+    bytes_a_task = sum(step_bytes([(o.row_width, distinct)], o.gpus, 0).values())
     # Arithmetic, memory, launches (one chunk a step), twice for what is not the inner loop; then the exchange.
     arithmetic = (cost.shared + cost.batched) / (o.gpu_tflops * 1e12 * o.share)
     memory = (cost.traffic + cost.fresh) / (o.gpu_gbytes * 1e9)

@@ -15,12 +15,12 @@ from metatrain.model.construct import placeless_name
 def identity(config: Config, dataset_fingerprint: str) -> dict[str, Any]:
     """The part of a configuration that a resumed run may not change, flat, by field name.
 
-    Workers, readers, paths and the times of checkpoints may change; epochs may where no rate depends on them. A learner
-    in a file of the user's is known by the names of file and class, wherever the file lies.
+    Workers, readers, paths, where tables lie and the times of checkpoints may change; epochs may where no rate depends
+    on them. A learner in a file of the user's is known by the names of file and class, wherever the file lies.
     """
     whole = config.model_dump(mode="json")
     parts: dict[str, Any] = {
-        "model": {k: v for k, v in whole["model"].items() if k != "dedup"},
+        "model": {k: v for k, v in whole["model"].items() if k not in ("dedup", "tables")},
         "meta": {k: v for k, v in whole["meta"].items() if k not in ("chunk", "engine", "memory", "checkpoint_steps")},
         "data": {k: whole["data"][k] for k in ("episode", "tasks_per_step", "lanes", "shuffle_row_groups")},
         "train": {k: whole["train"][k] for k in ("optimizer", "seed", "precision", "validate_every")},

@@ -115,6 +115,13 @@ class TaskBatches:
         """Number of steps, S."""
         return len(self.skipped)
 
+    @property
+    def bytes(self) -> int:
+        """Of all columns."""
+        sizes: list[int] = []
+        self.columns.mapped(lambda array: sizes.append(array.nbytes) or array)
+        return sum(sizes)
+
     def __iter__(self) -> Iterator[TaskBatch]:
         """The steps' batches."""
         whole = self.columns

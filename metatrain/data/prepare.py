@@ -98,6 +98,9 @@ def summary(manifest: Manifest) -> str:
     scale = f"{s.label_min:g} to {s.label_max:g}, mean {s.label_mean:.3f}, deviation {s.label_deviation:.3f}"
     lines.append(f"  labels      {s.label.value}, {scale}")
     lines.append("  features    " + ", ".join(f"{f.name} ({f.level.value}, {f.kind.value})" for f in s.features))
+    for table, of in manifest.facts.get("hashed", {}).items():
+        share = f"{of['values']:,} values in {of['buckets']:,} buckets, {of['sharing']:.0%} of them share one"
+        lines.append(f"  hashed      {table}: about {share}")
     left_out = [f"  left out    {number:,} {reason}" for reason, number in sorted(manifest.skipped.items())]
     lines += left_out or ["  left out    nothing"]
     lines += [
@@ -122,7 +125,7 @@ def _prepare(pool: Workers, config: PrepareConfig, url: str, raw: RawLog, origin
             remedy="Check prepare.user_split, prepare.item_split and prepare.min_events.",
         )
 
-    schema, vocabulary = _schema(config, raw, catalogue, totals)
+    schema, vocabulary, hashed = _schema(config, raw, catalogue, totals)
     group_tasks = config.row_group_tasks or _row_group_tasks(totals.tasks[Split.TRAIN])
     encoding = pool.share(Encoding(schema, vocabulary, group_tasks))
     shards: list[Shard] = []
@@ -147,7 +150,7 @@ def _prepare(pool: Workers, config: PrepareConfig, url: str, raw: RawLog, origin
         catalogue_sha256=checksum,
         vocabularies_sha256=checksums,
         prepared_with=origin,
-        facts=raw.facts,
+        facts=raw.facts | ({"hashed": hashed} if hashed else {}),
         task=config.task,
     )
     result.write(url)
@@ -232,7 +235,8 @@ def _group(
 
 def _schema(
     config: PrepareConfig, raw: RawLog, catalogue: pa.Table, totals: Totals
-) -> tuple[Schema, dict[str, pa.Array]]:
+) -> tuple[Schema, dict[str, pa.Array], dict[str, dict[str, float]]]:
+    """The schema, the tables' vocabularies, and what values of hashed tables collide."""
     trained = pa.array(totals.training_events > 0)
     statistics, labels = totals.statistics()
     for f in raw.features:
@@ -262,7 +266,7 @@ def _schema(
         raise ConfigError(
             f"The features contradict each other: {message}.", where="prepare.features", remedy="Mend them."
         ) from error
-    return schema, vocabulary
+    return schema, vocabulary, statistics.collisions(schema.features)
 
 
 def _encoded_catalogue(

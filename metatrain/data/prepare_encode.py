@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from metatrain.config import FeatureSource
+from metatrain.data.distinct import DistinctValues, sharing
 from metatrain.data.hashing import hash_text
 from metatrain.data.schema import ITEM_FEATURE, Feature, Kind, Level
 from metatrain.errors import SourceError
@@ -58,18 +59,24 @@ class Moments:
 
 @dataclass
 class Statistics:
-    """What training users' rows say of the raw columns: values counted by table, moments by feature."""
+    """What training users' rows say of the raw columns: values counted by table, moments by feature; of tables of hash
+    buckets, about how many values there are."""
 
     values: dict[str, Counter[str]] = field(default_factory=dict)
     moments: dict[str, Moments] = field(default_factory=dict)
+    hashed: dict[str, DistinctValues] = field(default_factory=dict)
 
     def add(self, feature: FeatureSource, column: pa.Array | pa.ChunkedArray) -> None:
-        """Counts a raw column. What needs no statistics (hash buckets, vectors, the items' own table) is let be."""
+        """Counts a raw column. What needs no statistics (vectors, the items' own table) is let be."""
         if feature.kind == "numeric":
             known = _whole(pc.drop_null(column)).to_numpy(zero_copy_only=False)
             self.moments[feature.name] = self.moments.get(feature.name, Moments()).with_(Moments.of(known))
-        elif feature.kind in ("categorical", "multi") and not feature.buckets and table_of(feature) != ITEM_FEATURE:
+        elif feature.kind in ("categorical", "multi") and table_of(feature) != ITEM_FEATURE:
             flat = _whole(column).flatten() if feature.kind == "multi" else _whole(column)
+            if feature.buckets:
+                distinct = pc.unique(pc.drop_null(flat)).cast(pa.string())
+                self.hashed.setdefault(table_of(feature), DistinctValues()).add(hash_text(distinct, "distinct"))
+                return
             found = pc.value_counts(pc.drop_null(flat))
             counts = self.values.setdefault(table_of(feature), Counter())
             # One round for each distinct value, not for each row.
@@ -81,6 +88,18 @@ class Statistics:
             self.values.setdefault(table, Counter()).update(counts)
         for name, moments in other.moments.items():
             self.moments[name] = self.moments.get(name, Moments()).with_(moments)
+        for table, sketch in other.hashed.items():
+            self.hashed.setdefault(table, DistinctValues()).merge(sketch)
+
+    def collisions(self, features: Iterable[Feature]) -> dict[str, dict[str, float]]:
+        """Of each table of hash buckets: about how many values training users have, its buckets, and the share of
+        values that share their row with another."""
+        buckets = {str(f.table): f.buckets - 1 for f in features if f.buckets}  # row 0 is for what is missing
+        found = {table: (sketch.estimate(), buckets[table]) for table, sketch in sorted(self.hashed.items())}
+        return {
+            table: {"values": values, "buckets": count, "sharing": round(sharing(values, count), 4)}
+            for table, (values, count) in found.items()
+        }
 
 
 def table_of(feature: FeatureSource) -> str:

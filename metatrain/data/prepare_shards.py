@@ -80,12 +80,12 @@ class Totals:
         self.left_out += counts.left_out
         for split, n in counts.tasks.items():
             self.tasks[split] += n
-        self._values.merge(Statistics(values=counts.statistics.values))
+        self._values.merge(Statistics(values=counts.statistics.values, hashed=counts.statistics.hashed))
         self._moments[number] = (counts.labels, counts.statistics.moments)
 
     def statistics(self) -> tuple[Statistics, Moments]:
         """Of all partitions, and the labels' moments."""
-        labels, result = Moments(), Statistics(values=self._values.values)
+        labels, result = Moments(), Statistics(values=self._values.values, hashed=self._values.hashed)
         for number in sorted(self._moments):  # sums of floating-point numbers depend on their order
             own, moments = self._moments[number]
             labels = labels.with_(own)

@@ -2,21 +2,21 @@
 
 The batch of a step is what the plan says, whichever reader makes it: a reader that dies is replaced where the trainer
 stands, and the trainer sees the same batches. At most `prefetch` steps are in the object store. Several small steps are
-made and sent in one call, since a call takes as long as reading some hundred tasks.
+made and sent in one call, since a call takes as long as reading some hundred tasks. Where their number is `auto`,
+readers are added while training goes on, from a call on: earlier calls end with those that were asked.
 """
 
 from __future__ import annotations
 
-import gc
 import logging
-import os
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
+from ray._private.state import available_resources_per_node
 from ray.exceptions import (
     GetTimeoutError,
     NodeDiedError,
@@ -28,14 +28,15 @@ from ray.exceptions import (
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from metatrain import faults
 from metatrain.config import DataConfig
 from metatrain.data.assemble import concatenate_batches
 from metatrain.data.batch import TaskBatch, TaskBatches
 from metatrain.data.manifest import ItemSet, Split, read_manifest
+from metatrain.data.nearby import node_for
+from metatrain.data.pace import Pace
 from metatrain.data.plan import EpochPlan, lanes_of
-from metatrain.data.reader import BatchReader
 from metatrain.data.shards import check_sizes, row_groups
+from metatrain.data.task_reader import TaskReader
 from metatrain.errors import MetatrainError, TrainingError
 
 log = logging.getLogger(__name__)
@@ -54,38 +55,28 @@ CALL_TASKS = 4096
 _DEATHS = (RayActorError, NodeDiedError, ObjectLostError, OutOfMemoryError, WorkerCrashedError)
 
 
-class TaskReader:
-    """The actor around a `BatchReader`, for a fixed set of lanes. It holds nothing that the plan cannot rebuild."""
-
-    def __init__(self, dataset_url: str, lanes: Sequence[int], options: dict[str, Any]) -> None:
-        self._url, self._lanes, self._options = dataset_url, list(lanes), options
-        self._reader: BatchReader | None = None
-
-    def open(self) -> int:
-        """Opens the dataset; the process's id. Not in the constructor, whose errors Ray reports as a death."""
-        faults.refresh()
-        self._reader = BatchReader.from_config(self._url, **self._options, read_ahead=True, verify=False)
-        gc.freeze()  # what is loaded stays: without this, collections that look through it take a tenth of the time
-        return os.getpid()
-
-    def read(self, epoch: int, step: int, steps: int) -> TaskBatches:
-        """This reader's part of the batches of consecutive steps."""
-        assert self._reader is not None, "open comes first"
-        faults.point("reader.read", epoch=epoch, step=step + steps - 1)
-        return self._reader.read_steps(epoch, step, steps, self._lanes)
-
-
 @dataclass(frozen=True)
 class _Call:
-    """What all readers were asked for at once."""
+    """What readers were asked for at once: each for its lanes, the first reader for the first ones."""
 
     place: tuple[int, int]  # epoch, and its first step
     steps: int
-    refs: list[ray.ObjectRef]  # a part of each reader
+    lanes: list[list[int]]
+    refs: list[ray.ObjectRef]
+
+
+class _Starting(NamedTuple):
+    """A reader that is to be added."""
+
+    actor: Any
+    opened: ray.ObjectRef
+    since: float
 
 
 class TaskStream:
     """A worker's batches: the parts of its lanes, read by `data.readers_per_worker` actors on this worker's node.
+
+    Readers that are added later (`auto`) may be on another node, where this one has no CPU left.
 
     Args:
         dataset_url: The task dataset.
@@ -96,7 +87,7 @@ class TaskStream:
         items: Which events of a task count.
         features: Names of the features to read. Default: all.
         epochs: Epochs there are: nothing is read ahead behind the last. Default: no end.
-        num_cpus: CPUs of a reader, for Ray's scheduling.
+        num_cpus: CPUs of a reader, for Ray's scheduling; of those added later, `READER_CPUS`.
 
     Raises:
         MetatrainError: What a reader cannot use, as itself: a missing dataset, a truncated shard, an unknown feature.
@@ -122,8 +113,11 @@ class TaskStream:
         self._row_groups = row_groups(shards)
         self._steps: dict[int, int] = {}
         mine = list(range(data.lanes)) if lanes is None else list(lanes)
-        readers = max(1, min(data.readers_per_worker, len(mine)))
-        self._lanes = [lanes_of(mine, readers, i) for i in range(readers)]
+        readers = max(1, min(data.first_readers, len(mine)))
+        self._mine, self._lanes = mine, _dealt(mine, readers)
+        self._pace = Pace(readers, min(data.most_readers, max(1, len(mine))), data.prefetch_memory << 20)
+        self._starting: _Starting | None = None
+        self._arrived: float | None = None  # when the call before came
         self._options = {
             "data": data,
             "split": split,
@@ -140,7 +134,7 @@ class TaskStream:
         # Two calls are in flight at the least, so that a reader works while the trainer uses what it has made.
         self._steps_per_call = max(1, min(data.prefetch // 2, CALL_TASKS // data.tasks_per_step))
         self._queue: deque[_Call] = deque()
-        self._actors: list[Any] = [self._actor(i) for i in range(readers)]
+        self._actors: list[Any] = [self._actor(num_cpus) for _ in range(readers)]
         self._pids: list[int] = [0] * readers
         try:
             opened = [actor.open.remote() for actor in self._actors]
@@ -181,35 +175,47 @@ class TaskStream:
         while step < end:
             if not self._queue or self._queue[0].place != (epoch, step):
                 self._queue.clear()  # what was read ahead is for another place
+                self._arrived = None
             self._fill(epoch, step)
             begun = time.monotonic()
-            parts = [self._part(i) for i in range(len(self._actors))]
-            self.wait_seconds += time.monotonic() - begun
-            step += self._queue.popleft().steps
+            parts = [self._part(i) for i in range(len(self._queue[0].refs))]
+            arrived = time.monotonic()
+            self.wait_seconds += arrived - begun
+            call = self._queue[0]
+            self._pace.sized(call.steps, sum(batches.bytes for batches, _ in parts))
+            if self._arrived is not None:
+                self._pace.timed(call.steps, max(seconds for _, seconds in parts), begun - self._arrived)
+            self._arrived = arrived
+            self._fill(epoch, step)  # the first batches tell how many of them may be in flight
+            self._queue.popleft()
+            self._grow()
+            step += call.steps
             self._deaths = 0
-            for of_readers in zip(*parts, strict=True):
+            for of_readers in zip(*(batches for batches, _ in parts), strict=True):
                 yield concatenate_batches(of_readers)
 
     def close(self) -> None:
         """Ends the readers."""
         self._queue.clear()
-        for actor in self._actors:
+        for actor in [*self._actors, *([self._starting.actor] if self._starting else [])]:
             ray.kill(actor)
-        self._actors = []
+        self._actors, self._starting = [], None
 
     def _fill(self, epoch: int, step: int) -> None:
-        """Asks for steps from here on until as many of them are in flight as `prefetch` allows."""
+        """Asks for steps from here on until as many of them are in flight as `prefetch` and their bytes allow."""
+        ahead = self._pace.ahead(self._data.prefetch)
         in_flight = sum(call.steps for call in self._queue)
         if self._queue:
             epoch, step = self._after(self._queue[-1])
         while self._epochs is None or epoch < self._epochs:
             if not self.steps(epoch):
                 return
-            steps = min(self._steps_per_call, self.steps(epoch) - step)
-            if in_flight + steps > self._data.prefetch:
+            steps = min(self._steps_per_call, max(1, ahead // 2), self.steps(epoch) - step)
+            if in_flight + steps > ahead:
                 return
-            refs = [actor.read.remote(epoch, step, steps) for actor in self._actors]
-            self._queue.append(_Call((epoch, step), steps, refs))
+            lanes = self._lanes
+            refs = [actor.read.remote(epoch, step, steps, own) for actor, own in zip(self._actors, lanes, strict=True)]
+            self._queue.append(_Call((epoch, step), steps, lanes, refs))
             in_flight += steps
             epoch, step = self._after(self._queue[-1])
 
@@ -217,7 +223,38 @@ class TaskStream:
         epoch, step = call.place
         return (epoch, step + call.steps) if step + call.steps < self.steps(epoch) else (epoch + 1, 0)
 
-    def _part(self, i: int) -> TaskBatches:
+    def _grow(self) -> None:
+        """Adds a reader where more would keep up better: begins to start it, or takes it in once it has started."""
+        if self._starting is None:
+            if self._pace.wanted() > len(self._actors):
+                actor = self._actor(READER_CPUS, anywhere=True)
+                self._starting = _Starting(actor, actor.open.remote(), time.monotonic())
+            return
+        actor, ref, since = self._starting
+        if not ray.wait([ref], timeout=0)[0]:
+            if time.monotonic() - since > START_SECONDS:
+                self._no_more("no CPU was free for it")
+            return
+        self._starting = None
+        try:
+            self._pids.append(ray.get(ref))
+        except (*_DEATHS, RayTaskError) as error:
+            self._starting = _Starting(actor, ref, since)
+            self._no_more(_shortly(error))
+            return
+        self._actors.append(actor)
+        self._lanes = _dealt(self._mine, len(self._actors))
+        self._pace.now(len(self._actors))
+        log.info("%d readers feed this worker: fewer could not keep up", len(self._actors))
+
+    def _no_more(self, why: str) -> None:
+        assert self._starting is not None
+        ray.kill(self._starting.actor)
+        self._starting = None
+        self._pace.no_more()
+        log.warning("Another reader would help, but could not be started (%s): %d go on.", why, len(self._actors))
+
+    def _part(self, i: int) -> tuple[TaskBatches, float]:
         """Reader i's part of the first call in the queue, from a new reader where it died."""
         while True:
             try:
@@ -248,23 +285,29 @@ class TaskStream:
             self.restarts += 1
             log.warning("A reader died (%s); another one goes on at %s.", type(death).__name__, place)
             ray.kill(self._actors[i])  # a lost batch does not mean that the actor is gone
-            self._actors[i] = self._actor(i)
+            self._actors[i] = self._actor(
+                self._num_cpus if i < self._data.first_readers else READER_CPUS, anywhere=True
+            )
             try:
                 self._opened(i, self._actors[i].open.remote())
             except _DEATHS as another:
                 death = another
                 continue
             for call in self._queue:
-                call.refs[i] = self._actors[i].read.remote(*call.place, call.steps)
+                if i < len(call.refs):  # calls from before this reader was added have no part of it
+                    call.refs[i] = self._actors[i].read.remote(*call.place, call.steps, call.lanes[i])
             return
 
-    def _actor(self, i: int) -> Any:
+    def _actor(self, num_cpus: float, anywhere: bool = False) -> Any:
         # On this node while it has room, so that batches reach the worker through shared memory. By the node's name,
         # since a child of a Ray Train worker would otherwise go into its placement group, where there is no room.
         node = ray.get_runtime_context().get_node_id()
-        here = NodeAffinitySchedulingStrategy(node, soft=True, _spill_on_unavailable=True)
-        placed = ray.remote(TaskReader).options(num_cpus=self._num_cpus, max_restarts=0, scheduling_strategy=here)
-        return placed.remote(self._url, self._lanes[i], self._options)
+        if anywhere and num_cpus:
+            turn = self._mine[0] if self._mine else 0
+            node = node_for(ray.nodes(), available_resources_per_node(), node, num_cpus, turn)
+        there = NodeAffinitySchedulingStrategy(node, soft=True, _spill_on_unavailable=True)
+        placed = ray.remote(TaskReader).options(num_cpus=num_cpus, max_restarts=0, scheduling_strategy=there)
+        return placed.remote(self._url, self._options)
 
     def _opened(self, i: int, ref: ray.ObjectRef) -> None:
         try:
@@ -278,6 +321,10 @@ class TaskStream:
             ) from error
         except RayTaskError as error:
             raise _own(error) from None
+
+
+def _dealt(lanes: Sequence[int], readers: int) -> list[list[int]]:
+    return [lanes_of(lanes, readers, i) for i in range(readers)]
 
 
 def _shortly(death: Exception) -> str:

@@ -1,7 +1,7 @@
-"""Embedding tables: one lookup a step for all features, sharded by rows over the ranks, updated inside backward.
+"""Embedding tables: one lookup a step for all features, sharded over the ranks, updated inside backward.
 
 `Tables` alone is an unsharded module that works without a process group (evaluation, recommendation); `sharding`
-shards the tables of a module in place. These two are the only importers of TorchRec.
+shards the tables of a module in place, by a plan of `table_plan`. These three are the only importers of TorchRec.
 
 Symbols: n_f ids of a feature, K ids of a table in a step (unique ones, where they are deduplicated), D width.
 """
@@ -9,7 +9,7 @@ Symbols: n_f ids of a feature, K ids of a table in a step (unique ones, where th
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -28,8 +28,10 @@ from metatrain.model import hashing
 # TorchRec asks torch.fx a question whose answer's meaning changed, and every process would print a warning of it.
 logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 
-# Rows initialised at a time hold at most this many numbers: the hash needs some ten temporaries of that size.
-_INITIALISED_AT_ONCE = 1 << 20
+_WARP = 32
+# Rows initialised at a time hold at most this many numbers: so few that the hash's intermediate results stay in the
+# processor's cache.
+_INITIALISED_AT_ONCE = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -176,9 +178,27 @@ class Tables(nn.Module):
         super().__init__()
         self.specs, self._dedup, self._seed, self._scale = tuple(specs), dedup, seed, scale
         self.table_of = {feature: spec for spec in self.specs for feature in spec.features}
+        self.spec_of = {spec.name: spec for spec in self.specs}
+        #: Tables that every rank holds whole: see `replicate`.
+        self.replicated = nn.ParameterDict()
+        self._build(device)
+        self.initialise()
+
+    def replicate(self, names: Collection[str], device: torch.device | str) -> None:
+        """Makes some of the tables dense parameters, equal on all ranks; the others are made anew on the meta device.
+
+        Their rows are not initialised, and their gradient is for DistributedDataParallel and whoever steps them.
+        """
+        for spec in self.specs:
+            if spec.name in names:
+                self.replicated[spec.name] = nn.Parameter(torch.zeros(spec.rows, spec.width, device=device))
+        self._build("meta")
+
+    def _build(self, device: torch.device | str) -> None:
         self._by_width: dict[str, list[TableSpec]] = {}
         for spec in self.specs:
-            self._by_width.setdefault(f"width_{spec.width}", []).append(spec)
+            if spec.name not in self.replicated:
+                self._by_width.setdefault(collection_of(spec), []).append(spec)
         self.collections = nn.ModuleDict(
             {
                 width: EmbeddingCollection(
@@ -188,6 +208,7 @@ class Tables(nn.Module):
                             num_embeddings=spec.rows,
                             embedding_dim=spec.width,
                             feature_names=[spec.name],
+                            init_fn=_let_be,
                         )
                         for spec in specs
                     ],
@@ -197,7 +218,6 @@ class Tables(nn.Module):
             }
         )
         self._touched: dict[str, _Touched] = {}
-        self.initialise()
 
     def forward(self, ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Feature → its ids' rows: int64 [n_f] → float32 [n_f, D]. Every rank must call it, if only with no ids."""
@@ -241,6 +261,8 @@ class Tables(nn.Module):
         found = [(specs, exchange.rows()) for specs, exchange in request.exchanges]
         keys = request.keys
         tables = {spec.name: (keys[spec.name], rows[spec.name].values()) for specs, rows in found for spec in specs}
+        for name, weight in self.replicated.items():
+            tables[name] = keys[name], torch.nn.functional.embedding(keys[name], weight)
         held = Held() if hold else None
         if held is not None:
             tables = {name: (ids, held.hold(rows)) for name, (ids, rows) in tables.items()}
@@ -269,30 +291,35 @@ class Tables(nn.Module):
         return (squares * weights).sum()
 
     def weight_name(self, table: str) -> str:
-        """The name of a table's rows in `state_dict`."""
-        width = next(width for width, specs in self._by_width.items() if table in [spec.name for spec in specs])
-        return f"collections.{width}.embeddings.{table}.weight"
+        """The name of a table's rows in the state of an unsharded module."""
+        return f"collections.{collection_of(self.spec_of[table])}.embeddings.{table}.weight"
 
-    def track(self) -> dict[str, Tensor]:
+    def track(self, but: Collection[str] = ()) -> dict[str, Tensor]:
         """From now on, marks the rows that are looked up where gradients are on: these may change.
+
+        Args:
+            but: Tables to leave out; replicated ones are, too.
 
         Returns:
             Table → bool, one for each of this process's rows: the very bitmap, for others to read and to clear.
         """
         for width, specs in self._by_width.items():
-            held = {s.name: _local_parts(self.collections[width], s.name) for s in specs}
+            held = {spec.name: _local_parts(self, spec) for spec in specs}
             rows = {name: sum(len(part) for _, part in parts if part.numel()) for name, parts in held.items()}
             device = next((part.device for parts in held.values() for _, part in parts), torch.device("cpu"))
             self._touched[width] = _Touched(rows, device)
-        return {table: bitmap for touched in self._touched.values() for table, bitmap in touched.of_table.items()}
+        found = {table: bitmap for touched in self._touched.values() for table, bitmap in touched.of_table.items()}
+        return {table: bitmap for table, bitmap in found.items() if table not in but}
 
     def initialise(self) -> None:
         """Writes the initial rows, in the shards that this process has. See the function `initialise`."""
         initialise(self, self._seed, self._scale)
 
     def _of_all_ranks(self, keys: Tensor) -> Tensor:
-        sharded = any(isinstance(collection, ShardedEmbeddingCollection) for collection in self.collections.values())
-        if not sharded or dist.get_world_size() == 1:
+        spread = bool(self.replicated) or any(
+            isinstance(collection, ShardedEmbeddingCollection) for collection in self.collections.values()
+        )
+        if not spread or dist.get_world_size() == 1:
             return keys
         sizes = [torch.zeros(1, dtype=torch.int64, device=keys.device) for _ in range(dist.get_world_size())]
         dist.all_gather(sizes, torch.tensor([keys.numel()], device=keys.device))
@@ -304,14 +331,33 @@ class Tables(nn.Module):
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
+def collection_of(spec: TableSpec) -> str:
+    """The collection that holds a table: there is one a width."""
+    return f"width_{spec.width}"
+
+
+def _let_be(rows: Tensor) -> None:
+    """In place of TorchRec's initial rows, which `initialise` would only write over."""
+
+
 def _jagged(specs: list[TableSpec], keys: dict[str, Tensor]) -> KeyedJaggedTensor:
-    """One id a bag, then empty bags up to the longest table's: GPUs work on bags in parallel."""
+    """The ids in bags, all tables having as many as the one with most ids needs.
+
+    What a bag is makes no difference to the rows that come back. But the length of every bag goes to every rank: so
+    there is one bag a table, and on a GPU, which works on bags in parallel, one for so many ids as a warp has threads
+    (untested: no GPU here).
+    """
     values = [keys[spec.name] for spec in specs]
     counts = torch.tensor([v.numel() for v in values])
-    stride = max(1, int(counts.max()))
-    lengths = (torch.arange(stride) < counts[:, None]).to(torch.int64).flatten().to(values[0].device, non_blocking=True)
+    longest = max(1, int(counts.max()))
+    bag = longest if values[0].device.type == "cpu" else _WARP
+    stride = -(-longest // bag)
+    lengths = (counts[:, None] - bag * torch.arange(stride)).clamp(0, bag).flatten()
     return KeyedJaggedTensor(
-        keys=[spec.name for spec in specs], values=torch.cat(values), lengths=lengths, stride=stride
+        keys=[spec.name for spec in specs],
+        values=torch.cat(values),
+        lengths=lengths.to(values[0].device, non_blocking=True),
+        stride=stride,
     )
 
 
@@ -336,26 +382,28 @@ def initialise(module: nn.Module, seed: int, scale: float) -> None:
     Each number is a hash of (seed, table, row, column) alone: the same in any shard, at any world size, in any order.
     """
     for tables in [m for m in module.modules() if isinstance(m, Tables)]:
-        for width, specs in tables._by_width.items():
-            for spec in specs:
-                for offset, rows in _local_parts(tables.collections[width], spec.name):
-                    _fill(rows, offset, hashing.hashed(seed, hashing.of_name(spec.name)), scale)
+        for spec in tables.specs:
+            of_table = hashing.hashed(seed, hashing.of_name(spec.name))
+            for (row, column), rows in _local_parts(tables, spec):
+                _fill(rows, row, column, of_table, scale)
 
 
-def _local_parts(collection: nn.Module, table: str) -> list[tuple[int, Tensor]]:
-    """The parts of a table that this process holds: first row, and the rows themselves (not a copy)."""
-    weight = collection.state_dict()[f"embeddings.{table}.weight"]
+def _local_parts(tables: Tables, spec: TableSpec) -> list[tuple[tuple[int, int], Tensor]]:
+    """The parts of a table that this process holds: first row and column, and the numbers themselves (not a copy)."""
+    if spec.name in tables.replicated:
+        return [((0, 0), tables.replicated[spec.name].data)]
+    weight = tables.collections[collection_of(spec)].state_dict()[f"embeddings.{spec.name}.weight"]
     if isinstance(weight, ShardedTensor):
-        return [(shard.metadata.shard_offsets[0], shard.tensor) for shard in weight.local_shards()]
-    return [] if weight.is_meta else [(0, weight)]
+        return [((s.metadata.shard_offsets[0], s.metadata.shard_offsets[1]), s.tensor) for s in weight.local_shards()]
+    return [] if weight.is_meta else [((0, 0), weight)]
 
 
-def _fill(rows: Tensor, offset: int, seed: Tensor, scale: float) -> None:
+def _fill(rows: Tensor, first_row: int, first_column: int, seed: Tensor, scale: float) -> None:
     count, width = rows.shape
-    column = torch.arange(width, device=rows.device)
+    column = torch.arange(width, device=rows.device) + first_column
     at_once = max(1, _INITIALISED_AT_ONCE // width)
     for start in range(0, count, at_once):
-        row = torch.arange(start, min(start + at_once, count), device=rows.device) + offset
+        row = torch.arange(start, min(start + at_once, count), device=rows.device) + first_row
         values = hashing.normal(hashing.hashed(seed.to(rows.device), row[:, None], column), scale)
         values[row == 0] = 0.0
         rows[start : start + at_once] = values

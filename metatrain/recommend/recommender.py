@@ -92,9 +92,10 @@ class Recommender:
         for where, one in described.items():
             check_scoring(loaded.marker.identity, identity(one, opened.fingerprint), where)
         config = _placed_as(loaded.config, described.get(file, loaded.config))
-        model = build_model(opened.schema, config, torch.device(device))
+        # The model takes the loaded tensors themselves: tables may be too large to be there twice.
+        model = build_model(opened.schema, config, torch.device(device), tables_device="meta")
         try:
-            model.load_state_dict(loaded.state)
+            model.load_state_dict({name: value.to(device) for name, value in loaded.state.items()}, assign=True)
         except RuntimeError as error:
             raise CheckpointError(
                 "The checkpoint is of another model.",

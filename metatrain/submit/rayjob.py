@@ -43,7 +43,7 @@ def manifest(config: Config, image: str, environment: Mapping[str, str], table_b
         config: The run, with absolute paths.
         image: Of all containers: it has metatrain installed.
         environment: Variables of the job's processes.
-        table_bytes: Of a worker's tables, with their optimizer's state.
+        table_bytes: Of a worker's tables on its node, with all that goes with them.
     """
     spec = {
         "entrypoint": ENTRYPOINT,
@@ -102,7 +102,7 @@ def _groups(config: Config, image: str, table_bytes: int) -> list[dict[str, Any]
     gibibytes = math.ceil(table_bytes / 1024**3 + config.meta.memory / 1024) + BESIDE_GIB
     groups = [_group("workers", image, cpus, gibibytes, least, most, gpus=int(gpus))]
     if gpus:
-        readers = most * config.data.readers_per_worker * READER_CPUS
+        readers = most * config.data.most_readers * READER_CPUS
         groups.append(_group("readers", image, 4, 16, 0, math.ceil(readers / 4)))
     return groups
 

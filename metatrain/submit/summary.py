@@ -7,19 +7,15 @@ from metatrain.config import Config
 from metatrain.data.dataset import TaskDataset
 from metatrain.data.manifest import Split
 from metatrain.data.stream import READER_CPUS
-from metatrain.model.features import Featurizer
-from metatrain.model.tables import TableSpec
+from metatrain.model.table_plan import Workers
 from metatrain.submit.checks import node_paths
+from metatrain.train.footprint import Footprint, footprint
 from metatrain.train.session import cpus_of
-
-_MIB = 1024**2
-#: Bytes of optimizer state a row of a table, by its width.
-_STATE = {"sgd": lambda width: 0, "rowwise_adagrad": lambda width: 4, "adagrad": lambda width: 4 * width}
 
 
 def summary(config: Config) -> str:
     """Where the run stands, what it reads, its resources, and memory and tables of a worker."""
-    dataset, train, readers = TaskDataset.open(config.data.dataset), config.train, config.data.readers_per_worker
+    dataset, train, readers = TaskDataset.open(config.data.dataset), config.train, config.data.first_readers
     least, most = train.least_workers, train.most_workers
     steps = committed_steps(config.run_url)
     tasks = dataset.manifest.tasks.get(Split.TRAIN, 0)
@@ -38,28 +34,21 @@ def summary(config: Config) -> str:
 
 
 def table_bytes(config: Config) -> int:
-    """Bytes of a worker's tables, with their optimizer's state."""
-    return sum(taken for _, _, taken in _tables(config, TaskDataset.open(config.data.dataset)))
+    """Bytes that a worker's tables take of its node: rows, optimizer state, and both once more for checkpoints."""
+    counted = _footprint(config, TaskDataset.open(config.data.dataset))
+    return sum(part.bytes for part in counted.worker if part.surely and part.name != "process")
 
 
-def _tables(config: Config, dataset: TaskDataset) -> list[tuple[TableSpec, int, int]]:
-    """Each table with a worker's rows of it and their bytes, the largest first."""
-    specs = Featurizer(dataset.schema, config.model, config.meta.adapt_rows).table_specs()
-    state = _STATE[config.train.optimizer.table]
-    mine = [(spec, -(-spec.rows // config.train.least_workers)) for spec in specs]
-    tables = [(spec, rows, rows * (4 * spec.width + state(spec.width))) for spec, rows in mine]
-    return sorted(tables, key=lambda table: -table[2])
+def _footprint(config: Config, dataset: TaskDataset) -> Footprint:
+    workers = Workers(config.train.least_workers, 1, device="cuda" if config.train.gpus else "cpu")
+    return footprint(config, dataset.manifest, workers)
 
 
 def _memory(config: Config, dataset: TaskDataset) -> list[str]:
-    """A worker's tables, which are sharded by rows, and its inner loop."""
-    tables = _tables(config, dataset)
-    total = sum(taken for _, _, taken in tables) / _MIB
-    return [
-        f"memory     a worker: tables {total:,.1f} MiB + inner loop {config.meta.memory:,} MiB",
-        f"tables     {'by rows':<24} {'rows × width':>19} {'a worker':>12} {'memory':>14}",
-        *(
-            f"           {spec.name:<24} {spec.rows:>12,} × {spec.width:<4} {rows:>12,} {taken / _MIB:>10,.1f} MiB"
-            for spec, rows, taken in tables
-        ),
-    ]
+    """What a worker and its reader hold, and where the tables lie."""
+    counted = _footprint(config, dataset)
+    return [*_under("memory", counted.text()), *_under("tables", counted.plan.text())]
+
+
+def _under(title: str, text: str) -> list[str]:
+    return [f"{title if not i else '':<10} {line}" for i, line in enumerate(text.splitlines())]

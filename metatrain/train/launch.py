@@ -33,6 +33,7 @@ from metatrain.model.construct import absolute_name
 from metatrain.observe.progress import TrainingProgress
 from metatrain.train.early_stopping import Patience
 from metatrain.train.elastic import Trainer
+from metatrain.train.footprint import check_machine
 from metatrain.train.session import ray_session, worker_cpus
 from metatrain.train.step import open_reader
 from metatrain.train.supervise import Overseer, fatal, group_name, heart, kill_hanging, make_teller
@@ -63,6 +64,8 @@ def launch(config: Config, address: str | None = None, work: Callable[[Config, S
     """
     config = located(config)
     check(config)
+    if not address:
+        check_machine(config)
     if finished(config):
         log.info("this run is trained to its end: %s", config.run_url)
         return
@@ -193,6 +196,7 @@ def _fit(config: Config, work: Callable[[Config, Seat], None]) -> None:
             num_workers=rules.workers,
             use_gpu=rules.gpus,
             resources_per_worker={"CPU": worker_cpus(config), **({"GPU": 1} if rules.gpus else {})},
+            placement_strategy=rules.placement.upper(),
             elastic_resize_monitor_interval_s=rules.resize_seconds,
         ),
         run_config=ray.train.RunConfig(

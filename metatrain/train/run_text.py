@@ -90,18 +90,8 @@ def _dataset(dataset: TaskDataset) -> str:
 
 
 def _plan(distributed: Distributed) -> str:
-    rows = ["| table | rows × width | MiB | sharding | kernel | rows on each worker |", "|---|--:|--:|---|---|--:|"]
-    for table in distributed.plan():
-        mib = table.rows * table.width * 4 / 2**20
-        most, least = max(table.rows_of_ranks), min(table.rows_of_ranks)
-        spread = f"{most:,}" if most == least else f"{least:,} to {most:,}"
-        rows.append(
-            f"| {table.table} | {table.rows:,} × {table.width} | {mib:,.1f} | {table.sharding} | {table.kernel} | "
-            f"{spread} |"
-        )
-    return (
-        "\n".join(rows) + f"\n\nOver {len(distributed.plan()[0].rows_of_ranks)} workers." if rows[2:] else "No table."
-    )
+    plan = distributed.plan
+    return f"{plan.markdown()}\n\nOver {plan.workers.count} workers." if plan.tables else "No table."
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:

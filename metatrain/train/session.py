@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -15,8 +15,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from metatrain import storage
 from metatrain.config import Config
+from metatrain.data.dataset import TaskDataset
 from metatrain.data.stream import READER_CPUS
 from metatrain.errors import ConfigError
+from metatrain.model.table_plan import Workers, size
+from metatrain.train.footprint import check_fits, footprint
 
 log = logging.getLogger("metatrain")
 
@@ -50,6 +53,8 @@ def ray_session(config: Config, address: str | None) -> Iterator[None]:
         ) from error
     try:
         check_resources(config, cluster=bool(address))
+        if address:
+            check_memory(config, ray.nodes())
         _check_shared_storage(config.run_url)
         yield
     finally:
@@ -58,7 +63,7 @@ def ray_session(config: Config, address: str | None) -> Iterator[None]:
 
 def worker_cpus(config: Config) -> float:
     """CPUs that a worker asks for, its readers' among them: so a node takes no worker whose readers have no room."""
-    return 1 + config.data.readers_per_worker * READER_CPUS
+    return 1 + config.data.first_readers * READER_CPUS
 
 
 def cpus_of(config: Config) -> int:
@@ -85,6 +90,35 @@ def check_resources(config: Config, cluster: bool) -> None:
                 remedy="Lower `train.workers`, set `train.gpus: false`, or give a cluster by `--address`.",
             )
         log.info("waiting for the cluster: the run wants %d %ss, %g are there", count, name, there.get(name, 0))
+
+
+def check_memory(config: Config, nodes: Sequence[Mapping[str, Any]]) -> None:
+    """Refuses a run whose workers do not fit into the cluster's nodes, where these have CPUs enough for them.
+
+    Ray places by CPUs and GPUs. Where these are still to come, so may be memory.
+
+    Args:
+        config: The run.
+        nodes: As `ray.nodes()` gives them.
+
+    Raises:
+        ConfigError: With the arithmetic.
+    """
+    count, gpus = config.train.least_workers, config.train.gpus
+    manifest = TaskDataset.open(config.data.dataset).manifest
+    counted = footprint(config, manifest, Workers(count, 1, device="cuda" if gpus else "cpu"))
+    needed = counted.bytes(surely=True)
+    room = fits = largest = 0
+    for has in [node["Resources"] for node in nodes if node["Alive"] and "memory" in node["Resources"]]:
+        memory = int(has["memory"] + has.get("object_store_memory", 0))  # Ray divides a node's into these two
+        places = int(has.get("CPU", 0) // worker_cpus(config))
+        if gpus:
+            places = min(places, int(has.get("GPU", 0)))
+        room, fits = room + places, fits + min(places, memory // needed)
+        largest = max(largest, memory)
+    if room >= count > fits:
+        at_most = f"the cluster's nodes, of which the largest has {size(largest)}"
+        check_fits(counted, fits * needed, count, at_most)
 
 
 def _check_shared_storage(run_url: str) -> None:

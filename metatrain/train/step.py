@@ -102,6 +102,7 @@ class OuterLoop:
         faults.point("train.update", step=step)
         norm = self._optimizer.clip()
         taken = self._taken(step, output, norm)
+        self._distributed.update_replicated()
         if taken:
             self._optimizer.update(rate)
         else:

@@ -31,6 +31,7 @@ from metatrain.observe.laps import Laps
 from metatrain.train import room
 from metatrain.train.audit import AuditLog, next_attempt
 from metatrain.train.early_stopping import Patience
+from metatrain.train.footprint import workers_plan
 from metatrain.train.guard import Guard
 from metatrain.train.not_finite import BadStep, as_error, coordinates, keep
 from metatrain.train.outer import DenseOptimizer
@@ -86,7 +87,9 @@ class Training:
         self.config, self.seat = config, seat
         self.dataset = TaskDataset.open(config.data.dataset)
         self.model = build_model(self.dataset.schema, config, seat.device, tables_device="meta")
-        self.distributed = distribute(self.model, config.train.optimizer, seat.device)
+        plan = workers_plan(config, self.dataset.manifest, self.model.tables.specs, seat.world_size, seat.device)
+        seat.tell({"say": f"embedding tables on {seat.world_size} worker(s):\n{plan.text()}"})
+        self.distributed = distribute(self.model, config.train.optimizer, seat.device, plan)
         self.optimizer = DenseOptimizer(self.distributed.dense_parameters(), config.train.optimizer)
         self.must_equal = identity(config, self.dataset.fingerprint)
         self.pulse = seat.pulse

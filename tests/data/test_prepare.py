@@ -460,3 +460,16 @@ def test_a_task_whose_worker_dies_is_run_again(tmp_path: Path):
 
     assert sorted(RayTasks(bars=False).map("", range(5), once)) == [0, 2, 4, 6, 8]
     assert died.exists()
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_collisions_of_hashed_values_are_estimated_from_training_users_and_shown(tmp_path: Path, shards: int):
+    log = Log(tmp_path / "log", users=300)
+    for user in log.users:
+        user["city"] = f"city of {user['user_id']}"
+    city = FeatureSource(name="city", level="task", kind="categorical", width=4, buckets=51)
+    manifest = prepare(log.config(features=(city,), shards=shards), str(tmp_path / "out"), progress=False)
+    found = manifest.facts["hashed"]["city"]
+    assert (found["values"], found["buckets"]) == (pytest.approx(100, abs=4), 50)
+    assert 0.8 < found["sharing"] < 0.95  # 100 values in 50 buckets: all but e⁻² of them
+    assert f"about {found['values']:,} values in 50 buckets" in summary(manifest)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import ray
 
 from metatrain.config import DataConfig, EpisodeConfig
+from metatrain.data import pace
 from metatrain.data.manifest import ItemSet, Split
 from metatrain.data.plan import lanes_of
 from metatrain.data.reader import BatchReader, concatenate_batches
@@ -99,3 +101,35 @@ def test_what_cannot_be_used_is_raised_as_itself(tiny_dataset: Callable[..., str
     assert type(caught.value) is ConfigError
     assert "Traceback" not in str(caught.value)
     assert caught.value.got == "zap"
+
+
+@pytest.mark.timeout(180)
+def test_readers_are_added_while_they_cannot_keep_up_and_batches_stay(
+    tiny_dataset: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(pace, "_SHARE", 1e-9)  # whatever a reader takes is too much
+    url, data = tiny_dataset(), DATA.model_copy(update={"readers_per_worker": "auto", "most_readers_per_worker": 2})
+    expected = [undisturbed(url, epoch, data) for epoch in range(3)]
+    with contextlib.closing(TaskStream(url, data, seed=3, num_cpus=0.1)) as stream:
+        assert len(stream.pids()) == 1
+        deadline, round_ = time.monotonic() + 120, 0
+        while (len(stream.pids()) == 1 or round_ < 3) and time.monotonic() < deadline:
+            assert [plain(b) for b in stream.batches(round_ % 3)] == expected[round_ % 3]
+            round_ += 1
+        assert len(set(stream.pids())) == 2
+        assert [plain(b) for b in stream.batches(1)] == expected[1]
+        assert stream.restarts == 0
+
+
+def test_large_steps_are_prefetched_less_far(tiny_dataset: Callable[..., str]):
+    one = DATA.model_copy(update={"readers_per_worker": 1, "prefetch": 12, "tasks_per_step": 4})
+    with contextlib.closing(TaskStream(tiny_dataset(), one, seed=3, num_cpus=0.1)) as stream:
+        batches = stream.batches(0)
+        next(batches)
+        size = stream._pace._step_bytes
+        assert size > 0
+        assert sum(call.steps for call in stream._queue) > 3
+        stream._pace._memory = 3 * size
+        for _ in range(10):
+            next(batches)
+        assert sum(call.steps for call in stream._queue) <= 3

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from gradients import whole
 from meta_reference import made_up_batch, part_of, schema
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from metatrain.checkpoint import MODEL, Cursor, Marker, Saver, load_checkpoint
-from metatrain.config import CheckpointConfig, Config
+from metatrain.config import CheckpointConfig, Config, TableConfig
 from metatrain.model.build import build_model
 from metatrain.model.sharding import OPTIMIZER_PREFIX, distribute
+from metatrain.model.table_plan import Workers, plan_tables
 from metatrain.train.outer import DenseOptimizer
 
 # Item, genre, age and hour tables of `schema()` divide by few numbers, and one table has a single row.
@@ -28,12 +29,23 @@ def configuration(table: str) -> Config:
 class Small:
     """One rank's part of a run: `train` steps, `save` and `load` checkpoints."""
 
-    def __init__(self, rank: int, world_size: int, run: str, table: str = "rowwise_adagrad", **checkpoint: Any) -> None:
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        run: str,
+        table: str = "rowwise_adagrad",
+        shardings: dict[str, str] | None = None,
+        **checkpoint: Any,
+    ) -> None:
         self.rank, self.world_size, self.run = rank, world_size, run
         self.config = configuration(table)
         self.checkpoint = CheckpointConfig.model_validate({"keep": 20, **checkpoint})
         options = self.config.train.optimizer
-        self.distributed = distribute(build_model(schema(), self.config, tables_device="meta"), options)
+        model = build_model(schema(), self.config, tables_device="meta")
+        settings = {name: TableConfig.model_validate({"sharding": kind}) for name, kind in (shardings or {}).items()}
+        plan = plan_tables(model.tables.specs, settings, table, Workers(world_size, world_size))
+        self.distributed = distribute(model, options, plan=plan)
         self.optimizer = DenseOptimizer(self.distributed.dense_parameters(), options)
         self.touched = {self.stored(name): bitmap for name, bitmap in self.distributed.track().items()}
         self.total = 0
@@ -53,7 +65,7 @@ class Small:
 
     def whole(self) -> dict[str, Tensor]:
         """Every tensor, whole, a copy. All ranks together."""
-        return {n: (v.full_tensor() if isinstance(v, DTensor) else v).detach().clone() for n, v in self.state().items()}
+        return {name: whole(value).detach() for name, value in self.state().items()}
 
     def train(self, steps: int = 1, tasks: int = TASKS) -> list[float]:
         """Global losses of some steps; the step's number is the seed of its batch."""
@@ -64,6 +76,7 @@ class Small:
             part = part_of(batch, range(edges[self.rank], edges[self.rank + 1])).tensors()
             output = self.distributed.module(part, self.total, float(tasks), self.world_size)
             output.loss.backward()
+            self.distributed.update_replicated()
             self.optimizer.update(0.01)
             after = output.after.detach().clone()
             torch.distributed.all_reduce(after)

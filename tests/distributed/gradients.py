@@ -8,12 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from meta_reference import part_of
 from torch.distributed.tensor import DTensor
 
 from metatrain.data.batch import TaskBatch
 from metatrain.model.metamodel import MetaModel
 from metatrain.model.sharding import distribute
+from metatrain.model.table_plan import TablesPlan
 
 TOLERANCE = 1e-5
 # A power of two, so large that the float32 rounding of the updated row does not hide the gradient.
@@ -29,7 +31,7 @@ def share(tasks: int, number: int, rank: int, world_size: int) -> range:
 
 
 def sharded_gradients(
-    model: MetaModel, optimizer: Any, batch: TaskBatch, mine: range, world_size: int
+    model: MetaModel, optimizer: Any, batch: TaskBatch, mine: range, world_size: int, plan: TablesPlan | None = None
 ) -> dict[str, Any]:
     """The gradients as the training step makes them, and this rank's sums of losses.
 
@@ -39,11 +41,13 @@ def sharded_gradients(
         batch: The global batch, numpy columns.
         mine: This rank's tasks.
         world_size: Number of ranks.
+        plan: Where the tables lie.
     """
-    distributed = distribute(model, optimizer)
+    distributed = distribute(model, optimizer, plan=plan)
     before = tables_of(distributed.state_dict())
     output = distributed.module(part_of(batch, mine).tensors(), 0, float(batch.size), world_size)
     output.loss.backward()
+    distributed.update_replicated()
     after = tables_of(distributed.state_dict())
     gradients = {name: p.grad for name, p in distributed.dense_parameters().items()}
     gradients |= {name: (before[name].double() - after[name].double()) / TABLE_RATE for name in before}
@@ -52,11 +56,17 @@ def sharded_gradients(
 
 def tables_of(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The whole tables of a sharded state."""
-    return {
-        name: value.full_tensor().clone()
-        for name, value in state.items()
-        if isinstance(value, DTensor) and not name.startswith("table_optimizer.")
-    }
+    return {name: whole(value) for name, value in state.items() if name.startswith("tables.")}
+
+
+def whole(value: torch.Tensor) -> torch.Tensor:
+    """A copy of a state's tensor, whole on every rank: also where only some ranks hold a part of it."""
+    if not isinstance(value, DTensor):
+        return value.clone()
+    ranks = value.device_mesh.mesh.flatten().tolist()
+    found = value.full_tensor().clone() if dist.get_rank() in ranks else torch.empty(value.shape)
+    dist.broadcast(found, src=ranks[0])
+    return found
 
 
 def assert_equal_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

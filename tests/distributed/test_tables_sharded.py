@@ -9,14 +9,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from gradients import whole
 from meta_reference import made_up_batch, part_of, schema
 from ranks import RankError, run_ranks
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from metatrain.config import Config, OptimizerConfig
 from metatrain.model.build import build_model
 from metatrain.model.sharding import OPTIMIZER_PREFIX, distribute
+from metatrain.model.table_plan import TablesPlan
 from metatrain.model.tables import Tables, TableSpec
 
 # 11 rows divide by neither 2 nor 3; the table of one row leaves ranks without any.
@@ -60,25 +61,28 @@ def ids_of_rank(step: int, rank: int, world_size: int) -> dict[str, Tensor]:
     return found
 
 
-def whole_tables(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: (v.full_tensor() if isinstance(v, DTensor) else v).clone() for name, v in state.items()}
-
-
 def trained_on_rank(rank: int, world_size: int) -> dict[str, Any]:
-    """Initial tables, then tables after each of three steps, for every optimizer, with and without dedup."""
+    """For every optimizer, with and without dedup: see `states_of`."""
     results: dict[str, Any] = {}
     for kind in KINDS:
         for dedup in (True, False):
-            options = OptimizerConfig(table=kind, table_rate=9.0)
-            distributed = distribute(Weighted(dedup, "meta"), options)
-            states = [whole_tables(distributed.state_dict())]
-            for step, rate in enumerate(RATES):
-                distributed.set_table_rate(rate)
-                # As in training: each rank's loss is scaled so that the mean over ranks is the global one.
-                distributed.module(ids_of_rank(step, rank, world_size), world_size / 7.0).backward()
-                states.append(whole_tables(distributed.state_dict()))
-            results[f"{kind} {dedup}"] = states
+            results[f"{kind} {dedup}"] = states_of(rank, world_size, kind, dedup)
     return results
+
+
+def states_of(
+    rank: int, world_size: int, kind: str, dedup: bool, plan: TablesPlan | None = None
+) -> list[dict[str, Tensor]]:
+    """The state with initial tables, and after each of three steps."""
+    distributed = distribute(Weighted(dedup, "meta"), OptimizerConfig(table=kind, table_rate=9.0), plan=plan)
+    states = [{name: whole(value) for name, value in distributed.state_dict().items()}]
+    for step, rate in enumerate(RATES):
+        distributed.set_table_rate(rate)
+        # As in training: each rank's loss is scaled so that the mean over ranks is the global one.
+        distributed.module(ids_of_rank(step, rank, world_size), world_size / 7.0).backward()
+        distributed.update_replicated()
+        states.append({name: whole(value) for name, value in distributed.state_dict().items()})
+    return states
 
 
 def trained_by_hand(kind: str) -> list[dict[str, Tensor]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -66,10 +67,10 @@ def test_readers_that_die_are_replaced_where_the_trainer_stands(url: str, caplog
 
 def test_readers_that_keep_dying_end_the_run(url: str, monkeypatch):
     class Doomed(streaming.TaskReader):  # here, so that Ray sends it by value: the actor cannot import this file
-        def read(self, epoch: int, step: int, steps: int) -> TaskBatches:
+        def read(self, epoch: int, step: int, steps: int, lanes: Sequence[int]) -> tuple[TaskBatches, float]:
             if step >= 1:
                 os._exit(1)
-            return super().read(epoch, step, steps)
+            return super().read(epoch, step, steps, lanes)
 
     monkeypatch.setattr(streaming, "TaskReader", Doomed)
     monkeypatch.setattr(streaming, "DEATHS_IN_A_ROW", 2)

@@ -170,7 +170,7 @@ def test_workers_are_a_number_or_a_range(written: object, kept: object) -> None:
     assert validated(config.model_dump(mode="json"), "test") == config
     least = kept[0] if isinstance(kept, tuple) else kept
     assert config.train.least_workers == least
-    readers = config.data.readers_per_worker
+    readers = config.data.first_readers
     assert worker_cpus(config) == 1 + 0.5 * readers
     assert cpus_of(config) >= least * worker_cpus(config)
 
