@@ -143,7 +143,7 @@ def _table_bytes(config: Config) -> int:
 def main() -> None:
     """Parse the command line, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    recipe = Path(__file__).resolve().parents[1] / "configs" / "million-users.yaml"
+    recipe = Path(__file__).resolve().parents[1] / "configs" / "million-users-maml.yaml"
     parser.add_argument("recipe", nargs="?", default=str(recipe))
     parser.add_argument("--workers", type=int, nargs="*", default=[])
     parser.add_argument("--users", type=int, nargs="*", default=[])

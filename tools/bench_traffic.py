@@ -194,7 +194,7 @@ def show(rows: list[dict[str, float]]) -> None:
 def main() -> None:
     """Parse the command line, count, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    recipe = Path(__file__).resolve().parents[1] / "configs" / "million-users.yaml"
+    recipe = Path(__file__).resolve().parents[1] / "configs" / "million-users-maml.yaml"
     parser.add_argument("recipe", nargs="?", default=str(recipe))
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--tasks-per-worker", type=int, default=512)
