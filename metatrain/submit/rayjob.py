@@ -22,6 +22,8 @@ from metatrain.train.session import worker_cpus
 
 #: GiB of a pod besides its worker's tables and inner loop: Python and torch, its readers, its object store.
 BESIDE_GIB = 4
+#: A pod of readers.
+READER_POD_CPUS, READER_POD_GIB = 4, 16
 #: New clusters after the first, each where a head was lost.
 ATTEMPTS = 3
 #: Seconds that a finished job's cluster is left for a look at it.
@@ -96,18 +98,22 @@ def _head(image: str) -> dict[str, Any]:
 
 
 def _groups(config: Config, image: str, table_bytes: int) -> list[dict[str, Any]]:
-    """A pod a worker, on spot nodes where there are any; with GPUs, pods for readers that find no room there."""
+    """A pod a worker with its first readers, on spot nodes where there are any; beside GPUs, pods of further readers."""
     least, most, gpus = config.train.least_workers, config.train.most_workers, config.train.gpus
     cpus = math.ceil(worker_cpus(config))
     gibibytes = math.ceil(table_bytes / 1024**3 + config.meta.memory / 1024) + BESIDE_GIB
-    groups = [_group("workers", image, cpus, gibibytes, least, most, gpus=int(gpus))]
-    if gpus:
-        readers = most * config.data.most_readers * READER_CPUS
-        groups.append(_group("readers", image, 4, 16, 0, math.ceil(readers / 4)))
+    groups = [_group("workers", image, cpus, gibibytes, 0, least, most, gpus=int(gpus))]
+    further = most * (config.data.most_readers - config.data.first_readers) * READER_CPUS
+    if gpus and further:
+        # There from the start: further readers take CPUs that are free, and ask for none that are not.
+        pods = math.ceil(further / READER_POD_CPUS)
+        groups.append(_group("readers", image, READER_POD_CPUS, READER_POD_GIB, pods, pods, pods))
     return groups
 
 
-def _group(name: str, image: str, cpus: int, gibibytes: int, least: int, most: int, gpus: int = 0) -> dict[str, Any]:
+def _group(
+    name: str, image: str, cpus: int, gibibytes: int, least: int, first: int, most: int, gpus: int = 0
+) -> dict[str, Any]:
     prefer = [
         {"weight": 10, "preference": {"matchExpressions": [{"key": key, "operator": "In", "values": [value]}]}}
         for key, value in _SPOT.items()
@@ -115,8 +121,8 @@ def _group(name: str, image: str, cpus: int, gibibytes: int, least: int, most: i
     tolerations = [{"key": key, "operator": "Exists"} for key in (*_SPOT, "nvidia.com/gpu")[: None if gpus else -1]]
     return {
         "groupName": name,
-        "replicas": least,
-        "minReplicas": 0,
+        "replicas": first,
+        "minReplicas": least,
         "maxReplicas": most,
         "rayStartParams": {},
         "template": {
