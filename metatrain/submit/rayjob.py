@@ -98,7 +98,7 @@ def _head(image: str) -> dict[str, Any]:
 
 
 def _groups(config: Config, image: str, table_bytes: int) -> list[dict[str, Any]]:
-    """A pod a worker with its first readers, on spot nodes where there are any; beside GPUs, pods of further readers."""
+    """A pod a worker with its first readers, on spot nodes where there are any; beside GPUs, pods for more readers."""
     least, most, gpus = config.train.least_workers, config.train.most_workers, config.train.gpus
     cpus = math.ceil(worker_cpus(config))
     gibibytes = math.ceil(table_bytes / 1024**3 + config.meta.memory / 1024) + BESIDE_GIB
