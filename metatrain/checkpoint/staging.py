@@ -1,7 +1,8 @@
 """The local copy of a run's tensors: all that training waits for. Buffers are made once and used again.
 
 A full checkpoint copies every tensor; a differential one copies, of the tables, the rows that were touched since the
-last full one: or all, where these are nearly all.
+last full one: or all, where these are nearly all. The GPU's path (pinned memory, gathering on the device) has not been
+run: no machine with a GPU was at hand.
 """
 
 from __future__ import annotations
