@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, DefaultSavePlanner
 
 from metatrain import __version__, faults
-from metatrain.checkpoint.format import MODEL, Base, Cursor, Marker, checkpoint_url
+from metatrain.checkpoint.format import MODEL, Base, Cursor, Marker, checkpoint_url, checkpoints_url
 from metatrain.checkpoint.retention import prune
 from metatrain.checkpoint.rows import Encoding
 from metatrain.checkpoint.staging import Buffers
@@ -164,9 +164,19 @@ class Saver:
             contents = writer.committed.contents if writer.committed else ""  # rank 0 alone writes it down
             self._base = base or Base(step=writer.step, contents=contents, number=0)
             if self._rank == 0:
-                prune(self._run_url, self._config.keep, self._config.keep_hours)
+                self._prune()
         except BaseException as error:
             self._error = error
+
+    def _prune(self) -> None:
+        try:
+            prune(self._run_url, self._config.keep, self._config.keep_hours)
+        except OSError as error:  # going on would fill the disk
+            raise CheckpointError(
+                f"Old checkpoints could not be removed: {error}",
+                where=checkpoints_url(self._run_url),
+                remedy="Mend the storage; the same command goes on from the last checkpoint.",
+            ) from error
 
 
 def _as_ours(error: BaseException) -> BaseException:

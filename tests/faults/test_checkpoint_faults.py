@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metatrain import faults
 from metatrain.checkpoint import committed_steps, read_tensors
-from metatrain.errors import StorageError
+from metatrain.errors import CheckpointError, StorageError
 from metatrain.faults import Fault
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "distributed"))
@@ -85,17 +85,19 @@ def test_a_kill_leaves_the_checkpoint_before_it_or_the_new_one(
 
 
 def fail(rank: int, world_size: int, run: str, plan: str) -> str:
-    """Storage fails under a save: the next one says so, on every rank."""
+    """Storage fails under a save: what the next one says."""
     faults.activate(plan)
-    small = Small(rank, world_size, run)
+    small = Small(rank, world_size, run, keep=1)
     small.train(1)
     small.save()
     small.train(1)
     small.save(wait=False)
     small.train(1)  # goes on meanwhile
+    if rank and "prune" in Path(plan).read_text():
+        return "rank 0 alone removes old ones"
     try:
-        small.save()
-    except StorageError as error:
+        small.saver.wait()
+    except (CheckpointError, StorageError) as error:
         return str(error)
     return "nothing was raised"
 
@@ -110,3 +112,11 @@ def test_a_full_disk_is_told_on_every_rank_and_the_checkpoint_before_it_stays(tm
         assert "remedy" in text
     assert committed_steps(run) == [1]
     read_tensors(run, 1)
+
+
+def test_old_checkpoints_that_cannot_be_removed_are_told(tmp_path: Path) -> None:
+    run, plan = str(tmp_path / "run"), str(tmp_path / "plan.json")
+    faults.write_plan(plan, [Fault(at="checkpoint.prune", step=2, action="error", errno="EROFS")])
+    told = run_ranks(fail, 2, run, plan)
+    assert "Old checkpoints could not be removed" in told[0]
+    assert committed_steps(run) == [2]
