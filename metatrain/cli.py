@@ -13,7 +13,7 @@ import tyro
 
 from metatrain import __version__, storage
 from metatrain.config import Config, EvaluateConfig, PrepareConfig, load_config, to_yaml
-from metatrain.errors import ConfigError, MetatrainError
+from metatrain.errors import CheckpointError, ConfigError, MetatrainError
 
 USAGE = f"""metatrain {__version__}: meta-train recommenders that adapt to a new user from a handful of events
 
@@ -404,6 +404,8 @@ def _checkpoints(given: list[str]) -> None:
     from metatrain.checkpoint.differences import differences
 
     run = _run_url(subject)
+    if subject and not storage.exists(run):
+        raise CheckpointError("There is no such run.", where=run, remedy="Check its name and storage.")
     if options.diff is not None:
         print(differences(run, *options.diff).text())
         return

@@ -43,6 +43,7 @@ def test_overrides_reach_the_resolved_configuration(tmp_path, capsys):
         (["recommend", "runs/x"], "--events FILE"),
         (["evaluate", "no/such/run"], "no checkpoint"),
         (["compare"], "needs a leaderboard file"),
+        (["checkpoints", "no/such/run"], "no such run"),
         (["submit"], "needs a recipe"),
         (["submit", "configs/demo.yaml", "--env", "NAME"], "NAME=VALUE"),
         (["job"], "list, status, logs, stop"),
