@@ -145,8 +145,8 @@ class FeatureSource(Section):
     """Embedding width, a multiple of 4 (categorical, multi), or the vector's length."""
     table: str | None = None
     """Embedding table; features naming the same one share it and its vocabulary. Default: the feature's name."""
-    buckets: Positive | None = None
-    """Hash ids into this many buckets, in place of a vocabulary."""
+    buckets: Annotated[int, Field(gt=0, lt=2**31)] | None = None
+    """Hash ids into this many buckets, in place of a vocabulary: for ids without bound."""
     separator: str | None = "|"
     """Between the values of a multi-valued feature stored as text."""
 
