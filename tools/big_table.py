@@ -131,6 +131,7 @@ def run(folder: str, rows: int, width: int, workers: int, users: int, steps: int
         (step,) = committed_steps(config.run_url)[-1:]
         url = checkpoint_url(config.run_url, step)
         found["checkpoint_bytes"] = sum(f.stat().st_size for f in Path(url).rglob("*") if f.is_file())
+        print(f"\n{launched}: {found}", flush=True)
     with PeakMemory() as memory:
         begun = time.perf_counter()
         report = evaluate_run(config.run_url, write=False, progress=False)
