@@ -12,9 +12,10 @@ from meta_reference import made_up_batch, part_of, schema
 from ranks import run_ranks
 from torch.distributed.tensor import DTensor
 
-from metatrain.config import Config
+from metatrain.config import Config, TableConfig
 from metatrain.model.build import build_model
 from metatrain.model.sharding import distribute
+from metatrain.model.table_plan import Workers, plan_tables
 from metatrain.train import guard as guarding
 from metatrain.train.guard import Guard
 from metatrain.train.outer import DenseOptimizer
@@ -46,8 +47,11 @@ def spoiled(batch: Any, how: str) -> Any:
 def trained_on_rank(
     rank: int, world_size: int, train: dict[str, Any], how: str | None, leave_out: bool = False, ahead: bool = True
 ) -> tuple[dict[str, torch.Tensor], int | None, list[int], dict[str, Any]]:
-    config = config_of(**train)
-    distributed = distribute(build_model(schema(), config, tables_device="meta"), config.train.optimizer)
+    sharding = {"*": TableConfig.model_validate({"sharding": train.get("sharding", "row_wise")})}
+    config = config_of(**{name: value for name, value in train.items() if name != "sharding"})
+    model, table = build_model(schema(), config, tables_device="meta"), config.train.optimizer.table
+    plan = plan_tables(model.tables.specs, sharding, table, Workers(world_size, world_size, device="cpu"))
+    distributed = distribute(model, config.train.optimizer, plan=plan)
     optimizer = DenseOptimizer(distributed.dense_parameters(), config.train.optimizer)
     guard = Guard(config.train, torch.device("cpu"))
     loop = OuterLoop(distributed, optimizer, config, STEPS, world_size, guard=guard)
@@ -74,9 +78,18 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], to
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize(("table", "how"), [("sgd", "nan"), ("adagrad", "nan"), ("rowwise_adagrad", "inf")])
-def test_a_skipped_step_leaves_no_trace(world_size: int, table: str, how: str) -> None:
-    rules = {"not_finite": "skip", "table": table}
+@pytest.mark.parametrize(
+    ("table", "how", "sharding"),
+    [
+        ("sgd", "nan", "row_wise"),
+        ("adagrad", "nan", "row_wise"),
+        ("rowwise_adagrad", "inf", "row_wise"),
+        ("adagrad", "nan", "data_parallel"),
+        ("rowwise_adagrad", "nan", "table_wise"),
+    ],
+)
+def test_a_skipped_step_leaves_no_trace(world_size: int, table: str, how: str, sharding: str) -> None:
+    rules = {"not_finite": "skip", "table": table, "sharding": sharding}
     skipped = run_ranks(trained_on_rank, world_size, rules, how)
     without = run_ranks(trained_on_rank, world_size, rules, None, True)
     for (one, bad, steps, _), (other, *_) in zip(skipped, without, strict=True):

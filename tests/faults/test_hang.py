@@ -27,7 +27,7 @@ def test_hanging_workers_are_named_and_the_group_starts_again_as_often_as_is_all
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_tiny_dataset(str(tmp_path / "dataset"), users=400, items=60, validation=10)
-    rules = {"workers": 2, "max_steps": STEPS, "epochs": 9, "hang_seconds": 45, "validate_every": 0, "max_failures": 1}
+    rules = {"workers": 2, "max_steps": STEPS, "epochs": 9, "hang_seconds": 25, "validate_every": 0, "max_failures": 1}
     config = recipe(str(tmp_path / "dataset"), str(tmp_path / "runs"), "hangs", rules)
     folder = str(tmp_path)
 
