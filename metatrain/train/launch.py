@@ -244,7 +244,7 @@ def _shown(teller: Any, hang_seconds: float, hung: list[str]) -> Iterator[None]:
             drain()
             for worker in kill_hanging(teller, hang_seconds) if hang_seconds else []:
                 hung.append(worker)
-                progress.take({"say": f"a worker hangs and is killed: {worker} without progress"})
+                progress.take({"say": f"a worker hangs and is killed: {worker}"})
 
     thread = threading.Thread(target=poll, name="progress", daemon=True)
     thread.start()
