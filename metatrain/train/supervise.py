@@ -59,10 +59,10 @@ class Rank:
         return self.idle_seconds + now - self.heard
 
     def described(self, now: float) -> str:
-        """As a person is told."""
-        return (
-            f"rank {self.rank} (process {self.pid}), step {self.step}, stage {self.stage!r}, {self.idle_at(now):.0f} s"
-        )
+        """As a person is told. Of a silent one, step and stage are those of its last sign of life."""
+        silent = f" (no sign of life for {now - self.heard:.0f} s)" if now - self.heard > SILENT_SECONDS else ""
+        place = f"rank {self.rank} (process {self.pid}), step {self.step}, stage {self.stage!r}"
+        return f"{place}, {self.idle_at(now):.0f} s without progress{silent}"
 
 
 class Watch:
