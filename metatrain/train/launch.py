@@ -170,6 +170,18 @@ def _worker_loop(settings: dict[str, Any]) -> None:
         raise
 
 
+def scaling(config: Config) -> ray.train.ScalingConfig:
+    """How many workers, what each takes, and how they lie on the nodes."""
+    rules = config.train
+    return ray.train.ScalingConfig(
+        num_workers=rules.workers,
+        use_gpu=rules.gpus,
+        resources_per_worker={"CPU": worker_cpus(config), **({"GPU": 1} if rules.gpus else {})},
+        placement_strategy=rules.placement.upper(),
+        elastic_resize_monitor_interval_s=rules.resize_seconds,
+    )
+
+
 def _fit(config: Config, work: Callable[[Config, Seat], None]) -> None:
     rules, ranged = config.train, isinstance(config.train.workers, tuple)
     seconds, attempts = (
@@ -192,13 +204,7 @@ def _fit(config: Config, work: Callable[[Config, Seat], None]) -> None:
             # Longer than a worker may hang: who waits for it should not fail first, and be taken for the cause.
             timeout_s=math.ceil(2 * rules.hang_seconds + 300) if rules.hang_seconds else COLLECTIVE_SECONDS,
         ),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=rules.workers,
-            use_gpu=rules.gpus,
-            resources_per_worker={"CPU": worker_cpus(config), **({"GPU": 1} if rules.gpus else {})},
-            placement_strategy=rules.placement.upper(),
-            elastic_resize_monitor_interval_s=rules.resize_seconds,
-        ),
+        scaling_config=scaling(config),
         run_config=ray.train.RunConfig(
             name="ray",
             storage_path=path,
