@@ -10,15 +10,17 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Literal, TypeVar
 
 import tyro
+from pydantic import ValidationError
 
 from metatrain import __version__, storage
-from metatrain.config import Config, EvaluateConfig, PrepareConfig, load_config, to_yaml
+from metatrain.config import Config, EvaluateConfig, PrepareConfig, explained, load_config, to_yaml
 from metatrain.errors import CheckpointError, ConfigError, MetatrainError
 
 USAGE = f"""metatrain {__version__}: meta-train recommenders that adapt to a new user from a handful of events
 
   metatrain prepare SOURCE --out URL          a raw log becomes a task dataset
   metatrain prepare RECIPE.yaml               the same, as the recipe says
+  metatrain verify DATASET                    whether a dataset is whole: every file, every row
   metatrain train RECIPE.yaml [--a.b value]   meta-train on Ray; the same command again goes on
   metatrain evaluate RUN                      quality on users and items never seen, beside baselines
   metatrain compare BOARD.yaml --out FOLDER   train and judge several methods alike: a leaderboard
@@ -30,8 +32,9 @@ USAGE = f"""metatrain {__version__}: meta-train recommenders that adapt to a new
   metatrain config RECIPE.yaml [--a.b value]  print the resolved configuration
   metatrain doctor                            what this machine has, and what is wrong with it
 
-`metatrain COMMAND --help` describes every option. RUN is a run's folder, or the recipe that trained it. BOARD.yaml is
-a leaderboard file (configs/leaderboards/); recipes and run folders do in its place.
+`metatrain COMMAND --help` describes every option. RUN is a run's folder, or the recipe that trained it.
+DATASET is a dataset's folder or URL, or a recipe that names it. BOARD.yaml is a leaderboard file
+(configs/leaderboards/); recipes and run folders do in its place.
 SOURCE is movielens-100k, movielens-1m, movielens, netflix, events or synthetic. Recipes are in configs/."""
 
 Options = TypeVar("Options")
@@ -187,6 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.getLogger("metatrain").setLevel(logging.INFO)
     commands = {
         "prepare": _prepare,
+        "verify": _verify,
         "train": _train,
         "evaluate": _evaluate,
         "compare": _compare,
@@ -236,7 +240,10 @@ def _is_recipe(text: str) -> bool:
 
 
 def _parse(kind: type[Options], default: Options, given: list[str], command: str) -> Options:
-    return tyro.cli(kind, default=default, args=given, prog=f"metatrain {command}", use_underscores=True)
+    try:
+        return tyro.cli(kind, default=default, args=given, prog=f"metatrain {command}", use_underscores=True)
+    except ValidationError as error:  # of a section whose values do not fit one another
+        raise explained(error, "the command line") from error
 
 
 def _prepare(given: list[str]) -> None:
@@ -253,6 +260,24 @@ def _prepare(given: list[str]) -> None:
     print(summary(prepare(options.prepare, options.out, overwrite=options.overwrite, address=options.address)))
 
 
+def _verify(given: list[str]) -> None:
+    subject, rest = _subject(given, "verify", "a DATASET (its folder or URL, or a recipe)")
+
+    @dataclass(frozen=True)
+    class VerifyArguments:
+        """Checks a dataset wholly against its manifest: sizes, checksums, that every row decodes, ids, time order, the
+        catalogue and the vocabularies, and that no key is there twice. Names every bad file. Exits with 2 where there
+        is one."""
+
+    _parse(VerifyArguments, VerifyArguments(), rest, "verify DATASET")
+    from metatrain.data.verify import verify
+
+    found = verify(load_config(subject).data.dataset if _is_recipe(subject) else subject)
+    print(found.table())
+    if not found.whole:
+        sys.exit(2)
+
+
 def _train(given: list[str]) -> None:
     subject, rest = _subject(given, "train", "a recipe (a YAML file)")
     recipe = load_config(subject) if subject else Config()
@@ -261,6 +286,12 @@ def _train(given: list[str]) -> None:
 
     launch(options.recipe, options.address)
     print(f"trained: {options.recipe.run_url}")
+    if storage.exists(storage.join(options.recipe.run_url, "quarantine.json")):
+        from metatrain.data.dataset import TaskDataset
+        from metatrain.data.quarantine import read_quarantine
+
+        lost = read_quarantine(options.recipe.run_url, TaskDataset.open(options.recipe.data.dataset)).told()
+        print(f"  {lost}")
     print(f"  metatrain evaluate {options.recipe.run_url}")
     print(f"  tensorboard --logdir {storage.join(options.recipe.run_url, 'tensorboard')}")
 

@@ -13,12 +13,14 @@ import os
 import types
 import typing
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
 from metatrain import storage
+from metatrain.credentials import REMEDY, holds_credential
+from metatrain.documents import YAML_CHARACTERS, parse_yaml
 from metatrain.errors import ConfigError
 
 Positive = Annotated[int, Field(gt=0)]
@@ -55,7 +57,22 @@ Option = bool | int | float | str | tuple[int, ...]
 class Section(BaseModel):
     """Base of all sections: frozen, no unknown keys, fields documented by the docstring under each."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        hide_input_in_errors=True,  # which may hold what must not be shown
+    )
+
+    @model_validator(mode="after")
+    def _without_credentials(self) -> Self:
+        # A configuration is written into the run's folder, TensorBoard and the dataset's manifest.
+        for name, value in self:
+            texts = [value] if isinstance(value, str) else value.values() if isinstance(value, dict) else ()
+            if any(isinstance(text, str) and holds_credential(text) for text in texts):
+                raise ValueError(f"`{name}` is a URL with a credential in it. {REMEDY}")
+        return self
 
 
 # --- prepare -------------------------------------------------------------------------------------------------------
@@ -145,7 +162,7 @@ class FeatureSource(Section):
     """Embedding width, a multiple of 4 (categorical, multi), or the vector's length."""
     table: str | None = None
     """Embedding table; features naming the same one share it and its vocabulary. Default: the feature's name."""
-    buckets: Annotated[int, Field(gt=0, lt=2**31)] | None = None
+    buckets: Annotated[int, Field(ge=2, lt=2**31)] | None = None
     """Hash ids into this many buckets, in place of a vocabulary: for ids without bound."""
     separator: str | None = "|"
     """Between the values of a multi-valued feature stored as text."""
@@ -262,6 +279,15 @@ class DataConfig(Section):
     """Steps that a reader works ahead. It makes up to half of them in one call, which small steps need to come fast."""
     prefetch_memory: Positive = 512
     """MiB of batches that may wait for a worker in the object store: large steps are prefetched less far."""
+    verify: Literal["sizes", "checksums"] = "sizes"
+    """What is compared with the manifest before training starts. sizes: of every shard, by one listing a folder;
+    checksums: every byte of the training and validation shards is read."""
+    bad_shards: Literal["stop", "quarantine"] = "stop"
+    """When a training shard is missing, changed, or cannot be decoded. stop: the run ends with its name. quarantine:
+    it goes on without the shard's tasks, from the last checkpoint where there is one, and RUN/quarantine.json lists
+    what is lost."""
+    quarantine_share: Fraction = 0.1
+    """Greatest share of the training tasks that may be quarantined; beyond it the run ends."""
 
     @property
     def first_readers(self) -> int:
@@ -619,7 +645,7 @@ def load_config(path: str, changes: Mapping[str, Any] | None = None, where: str 
     Raises:
         ConfigError: The file is missing, is not YAML, or has an unknown or unusable field.
     """
-    raw = _read(path, ())
+    raw = _read(path, (), {})
     return validated(_over(raw, dict(changes)) if changes else raw, where=where or path)
 
 
@@ -629,6 +655,7 @@ def read_yaml(path: str) -> dict[str, Any]:
     Raises:
         ConfigError: The file is missing, is not YAML, or holds something else.
     """
+    text: str | bytes | None = None
     if path.startswith("env:"):
         text = os.environ.get(path.removeprefix("env:"))
         if text is None:
@@ -637,12 +664,16 @@ def read_yaml(path: str) -> dict[str, Any]:
         raise ConfigError(
             "There is no such configuration file.", where=path, remedy="Check the path; recipes are in configs/."
         )
-    else:
-        text = storage.read_text(path)
     try:
-        raw = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"Not YAML: {error}", where=path, remedy="Mend the syntax.") from error
+        if text is None:
+            with storage.open_file(path) as file:
+                # A character has at most four bytes: what is longer is refused there, and not read whole here.
+                text = file.read(4 * YAML_CHARACTERS + 1)
+        raw = parse_yaml(text or "")
+    except (ValueError, IsADirectoryError) as error:
+        raise ConfigError(f"The YAML cannot be read: {error}.", where=path, remedy="Mend the file.") from error
+    if raw is None:
+        return {}
     if not isinstance(raw, dict):
         raise ConfigError(
             "A configuration is a mapping of sections.",
@@ -670,10 +701,11 @@ def validated(raw: Any, where: str) -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        raise _explained(error, where) from error
+        raise explained(error, where) from error
 
 
-def _explained(error: ValidationError, where: str) -> ConfigError:
+def explained(error: ValidationError, where: str) -> ConfigError:
+    """The first of pydantic's complaints as an error of ours."""
     problem = error.errors()[0]
     path = [str(part) for part in problem["loc"]]
     place = f"{where}: {'.'.join(path) or '(top level)'}"
@@ -715,15 +747,33 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
     return next((s for a in typing.get_args(annotation) if (s := _section_of(a)) is not None), None)
 
 
-def _read(path: str, chain: tuple[str, ...]) -> dict[str, Any]:
-    if path in chain:
-        raise ConfigError("`extends` goes in a circle.", where=" → ".join((*chain, path)), remedy="Remove one of them.")
+#: Files of a chain of `extends`.
+_LONGEST_CHAIN = 32
+
+
+def _read(path: str, chain: tuple[str, ...], known: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """A file over those that it extends; `known` holds the files that were read already."""
+    place = storage.absolute(path)  # one file, however its path is written
+    if place in known:
+        return known[place]
+    if place in chain or len(chain) == _LONGEST_CHAIN:
+        what = "`extends` goes in a circle." if place in chain else f"`extends` goes through {len(chain)} files."
+        raise ConfigError(what, where=" → ".join((*chain, place)), remedy="Remove one of them.")
     raw = read_yaml(path)
     parents = raw.pop("extends", [])
+    parents = [parents] if isinstance(parents, str) else parents
+    if not isinstance(parents, list) or not all(isinstance(parent, str) and parent for parent in parents):
+        raise ConfigError(
+            "`extends` is a file or a list of files.",
+            where=path,
+            got=parents,
+            remedy="Name them as they lie from here.",
+        )
     merged: dict[str, Any] = {}
-    for parent in [parents] if isinstance(parents, str) else parents:
-        merged = _merged(merged, _read(beside(path, parent), (*chain, path)))
-    return _over(merged, raw)
+    for parent in parents:
+        merged = _merged(merged, _read(beside(path, parent), (*chain, place), known))
+    known[place] = _over(merged, raw)
+    return known[place]
 
 
 def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

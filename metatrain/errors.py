@@ -55,6 +55,37 @@ class DatasetError(MetatrainError):
     """A task dataset that is missing, broken, or of another version."""
 
 
+class ShardError(DatasetError):
+    """A shard that is missing, of another size or content than the manifest says, or that cannot be decoded.
+
+    Args:
+        what: As of every error.
+        path: The shard's path inside the dataset, as the manifest has it.
+        where: Its URL, with the place in it.
+        got: As of every error.
+        remedy: As of every error.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        path: str,
+        where: str | None = None,
+        got: object = None,
+        remedy: str | None = None,
+    ) -> None:
+        super().__init__(what, where=where, got=got, remedy=remedy)
+        self.path = path
+
+    def __reduce__(self):
+        return _rebuild_shard_error, (self.path, self.what, self.where, self.got, self.remedy)
+
+
+def _rebuild_shard_error(path: str, what: str, where: str | None, got: str | None, remedy: str | None) -> ShardError:
+    return ShardError(what, path=path, where=where, got=got, remedy=remedy)
+
+
 class CheckpointError(MetatrainError):
     """A checkpoint that is missing, broken, or of another model."""
 

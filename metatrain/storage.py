@@ -22,6 +22,7 @@ from typing import IO, Any, cast
 import fsspec
 
 from metatrain import faults
+from metatrain.credentials import REMEDY, holds_credential, redacted
 from metatrain.errors import StorageError
 from metatrain.retries import SteadyFile, read_whole, retried, whole
 
@@ -41,8 +42,21 @@ def join(url: str, *parts: str) -> str:
     return posixpath.join(url, *parts)
 
 
+def stays_inside(path: str) -> bool:
+    """Whether a path, given in a file from outside, names a place below the folder that it is joined to."""
+    if "\\" in path or "\0" in path or "://" in path or "::" in path:
+        return False
+    return all(part not in ("", ".", "..") for part in path.split("/"))
+
+
 def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of a URL, and the path inside it."""
+    """The file system of a URL, and the path inside it.
+
+    Raises:
+        StorageError: None for this URL; or the URL holds a credential.
+    """
+    if holds_credential(url):
+        raise StorageError("A URL has a credential in it.", got=redacted(url), remedy=REMEDY)
     try:
         return fsspec.core.url_to_fs(absolute(url))
     except (ImportError, ValueError) as error:

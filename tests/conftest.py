@@ -54,19 +54,17 @@ def ray_session(plan_file: str) -> Iterator[None]:
     """One small local Ray for every test that asks for it: starting one takes longer than most tests."""
     import ray
 
+    from metatrain.local_ray import local_ray
     from metatrain.train.session import LOCAL_SETTINGS
 
     os.environ.update(LOCAL_SETTINGS)
     if ray.is_initialized():
         yield
         return
-    ray.init(
-        address="local",  # and not a cluster that happens to run on this machine
+    with local_ray(
         num_cpus=6,
-        include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
         object_store_memory=300 * 1024**2,
-    )
-    yield
-    ray.shutdown()
+    ):
+        yield

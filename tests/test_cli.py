@@ -8,7 +8,10 @@ import yaml
 
 from metatrain.cli import main
 
-COMMANDS = ("prepare", "train", "evaluate", "compare", "recommend", "checkpoints", "submit", "job", "config", "doctor")
+COMMANDS = (
+    *("prepare", "verify", "train", "evaluate", "compare", "recommend", "checkpoints", "submit", "job", "config"),
+    "doctor",
+)
 
 
 def test_without_arguments_the_commands_are_shown(capsys):
@@ -40,6 +43,7 @@ def test_overrides_reach_the_resolved_configuration(tmp_path, capsys):
         (["trian"], "no such command"),
         (["train"], "needs a recipe"),
         (["train", "none.yaml"], "no such configuration file"),
+        (["verify", "no/such/dataset"], "no manifest"),
         (["recommend", "runs/x"], "--events FILE"),
         (["evaluate", "no/such/run"], "no checkpoint"),
         (["compare"], "needs a leaderboard file"),

@@ -77,7 +77,7 @@ def test_an_unusable_value_is_refused(raw, message):
 def test_a_missing_file_and_broken_yaml_are_config_errors(tmp_path):
     with pytest.raises(ConfigError, match="no such configuration"):
         load_config(str(tmp_path / "none.yaml"))
-    with pytest.raises(ConfigError, match="Not YAML"):
+    with pytest.raises(ConfigError, match="YAML cannot be read"):
         load_config(write(tmp_path, "bad.yaml", "a: [1,"))
     with pytest.raises(ConfigError, match="mapping"):
         load_config(write(tmp_path, "list.yaml", "- 1"))

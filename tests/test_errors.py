@@ -17,3 +17,9 @@ def test_an_error_survives_pickling_with_all_its_parts(kind):
 
 def test_parts_that_are_absent_are_not_shown():
     assert str(errors.MetatrainError("It broke.")) == "It broke."
+
+
+def test_an_error_of_a_shard_keeps_its_path():
+    error = errors.ShardError("It broke.", path="shards/train/0.parquet", where="here", got=1, remedy="Mend it.")
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), again.path, str(again)) == (errors.ShardError, error.path, str(error))

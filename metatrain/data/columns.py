@@ -58,18 +58,36 @@ def numbers(array: pa.Array, kind: str) -> np.ndarray:
     return array.to_numpy()
 
 
+def alike(one: pa.DataType, other: pa.DataType) -> bool:
+    """Whether two types are the same but for the names of lists' values, and whether they may be null."""
+    if pa.types.is_fixed_size_list(one) and pa.types.is_fixed_size_list(other):
+        return one.list_size == other.list_size and alike(one.value_type, other.value_type)
+    if pa.types.is_list(one) and pa.types.is_list(other):
+        return alike(one.value_type, other.value_type)
+    return one == other
+
+
+def stored_type(feature: Feature) -> pa.DataType:
+    """The Arrow type of a feature's column, one value a row."""
+    if feature.kind is Kind.CATEGORICAL:
+        return pa.int32()
+    if feature.kind is Kind.MULTI:
+        return pa.list_(pa.int32())
+    return pa.float32() if feature.kind is Kind.NUMERIC else pa.list_(pa.float32(), feature.width or 0)
+
+
 def feature_column(array: pa.Array, feature: Feature) -> Stored:
     """A feature's column; of an event feature, the values of its list.
 
     Raises:
-        ValueError: Nulls, or a type that is not the feature's kind, or ids outside of its table.
+        ValueError: Nulls, a type that is not the feature's kind, ids outside of its table, or numbers not finite.
     """
     if feature.kind is Kind.VECTOR:
         if not isinstance(array, pa.FixedSizeListArray) or array.type.list_size != feature.width or array.null_count:
             raise ValueError(f"vectors of {feature.width} without nulls were expected, not {array.type}")
-        return numbers(array.flatten(), "float").reshape(-1, feature.width or 0)
+        return _finite(numbers(array.flatten(), "float")).reshape(-1, feature.width or 0)
     if feature.kind is Kind.NUMERIC:
-        return numbers(array, "float")
+        return _finite(numbers(array, "float"))
     if feature.kind is Kind.MULTI:
         offsets, values = jagged(array)
         return Jagged(offsets, _ids(values, feature))
@@ -115,6 +133,13 @@ def missing(feature: Feature, rows: int) -> Column:
     if feature.kind is Kind.VECTOR:
         return np.zeros((rows, feature.width or 0), np.float32)
     return np.zeros(rows, np.int32 if feature.kind is Kind.CATEGORICAL else np.float32)
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    # One that is not would make the loss of its whole batch so, with nothing to tell whose it was.
+    if not np.isfinite(values).all():
+        raise ValueError("finite numbers were expected")
+    return values
 
 
 def _ids(array: pa.Array, feature: Feature) -> np.ndarray:

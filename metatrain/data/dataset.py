@@ -14,12 +14,13 @@ from functools import cached_property
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from metatrain import storage
-from metatrain.data.batch import Column, Ragged
+from metatrain.data.batch import Column
+from metatrain.data.columns import alike, cut, feature_column, stored_type
 from metatrain.data.manifest import Manifest, read_manifest
-from metatrain.data.schema import Kind, Level, Schema
+from metatrain.data.parquet import read_parquet
+from metatrain.data.schema import Level, Schema
 from metatrain.errors import DatasetError
 
 CATALOGUE = "catalogue.parquet"
@@ -95,14 +96,36 @@ class TaskDataset:
         Raises:
             DatasetError: The file is missing, or is not the one that the manifest was written for.
         """
+        path = storage.join(self.url, CATALOGUE)
         table = self._table("catalogue", CATALOGUE, self.manifest.catalogue_sha256)
-        features = {f.name: column_arrays(table[f"item:{f.name}"], f.kind) for f in self.schema.of(Level.ITEM)}
+        level = self.schema.of(Level.ITEM)
+        types = {
+            "key": pa.string(),
+            "title": pa.string(),
+            "new": pa.bool_(),
+            "training_events": pa.int64(),
+            **{f"item:{f.name}": stored_type(f) for f in level},
+        }
+        columns = self._columns(table, types, path)
+        features: dict[str, Column] = {}
+        name = "key"
+        try:
+            for name in ("key", "new", "training_events"):
+                if columns[name].null_count:
+                    raise ValueError("values without nulls were expected")
+            for f in level:
+                name = f"item:{f.name}"
+                features[f.name] = cut(feature_column(columns[name], f), 0, table.num_rows)
+        except ValueError as error:
+            raise self._wrong(f"column {name} of {path}", str(error)) from error
+        if table.num_rows != self.manifest.items:
+            raise self._wrong(path, f"{table.num_rows} rows; the manifest says {self.manifest.items}")
         return Catalogue(
-            new=table["new"].to_numpy(),
+            new=columns["new"].to_numpy(zero_copy_only=False),
             features=features,
-            training_events=table["training_events"].to_numpy(),
-            _index=table["key"].combine_chunks(),
-            _titles=table["title"].combine_chunks(),
+            training_events=columns["training_events"].to_numpy(),
+            _index=columns["key"],
+            _titles=columns["title"],
         )
 
     def vocabulary(self, table: str) -> list[str]:
@@ -119,8 +142,33 @@ class TaskDataset:
             )
         if features[0].buckets:
             return []
-        checksum = self.manifest.vocabularies_sha256.get(table)
-        return self._table("vocabulary", f"vocabularies/{table}.parquet", checksum)["value"].to_pylist()
+        file = f"vocabularies/{table}.parquet"
+        path = storage.join(self.url, file)
+        found = self._table("vocabulary", file, self.manifest.vocabularies_sha256.get(table))
+        values = self._columns(found, {"value": pa.string()}, path)["value"]
+        if values.null_count or len(values) >= (features[0].rows or 0):
+            wrong = f"{len(values)} values, {values.null_count} of them null, for {features[0].rows} rows"
+            raise self._wrong(path, wrong)
+        return values.to_pylist()
+
+    def _columns(self, table: pa.Table, types: dict[str, pa.DataType], path: str) -> dict[str, pa.Array]:
+        """The columns, each in one piece and of its type."""
+        found = {}
+        for name, kind in types.items():
+            if table.column_names.count(name) != 1:
+                raise self._wrong(path, f"{table.column_names.count(name)} columns `{name}`")
+            if not alike(table[name].type, kind):
+                raise self._wrong(path, f"{name} is {table[name].type}, not {kind}")
+            found[name] = pa.concat_arrays(table[name].chunks) if table[name].num_chunks else pa.array([], kind)
+        return found
+
+    def _wrong(self, where: str, got: str) -> DatasetError:
+        return DatasetError(
+            "A file of the dataset is not what the manifest says.",
+            where=where,
+            got=got,
+            remedy="Prepare the dataset again.",
+        )
 
     def _table(self, what: str, file: str, checksum: str | None) -> pa.Table:
         path = storage.join(self.url, file)
@@ -134,14 +182,11 @@ class TaskDataset:
                 got=f"sha256 {digest}, expected {checksum}",
                 remedy="Prepare the dataset again.",
             )
-        return pq.read_table(pa.BufferReader(data))
-
-
-def column_arrays(column: pa.Array | pa.ChunkedArray, kind: Kind) -> Column:
-    """A stored feature column, one value a row, as numpy arrays."""
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    if kind is Kind.MULTI:
-        return Ragged(array.flatten().to_numpy(), pc.list_value_length(array).to_numpy().astype(np.int64))
-    if kind is Kind.VECTOR:
-        return array.flatten().to_numpy().reshape(len(array), -1)
-    return array.to_numpy()
+        try:
+            return read_parquet(data)
+        except (pa.ArrowException, OSError) as error:
+            raise DatasetError(
+                f"A file of the dataset cannot be read as Parquet: {error}",
+                where=path,
+                remedy="Prepare the dataset again.",
+            ) from error

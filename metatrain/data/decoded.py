@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
-from metatrain.data.columns import Stored, feature_column, jagged, numbers
+from metatrain.data.columns import Stored, feature_column, jagged, numbers, stored_type
 from metatrain.data.schema import Feature, Level
-from metatrain.data.shards import REMEDY
-from metatrain.errors import DatasetError
+
+
+class ColumnError(ValueError):
+    """A column that is not what the manifest says."""
+
+    def __init__(self, column: str, reason: str) -> None:
+        super().__init__(column, reason)
+        self.column, self.reason = column, reason
 
 
 @dataclass(frozen=True)
@@ -52,12 +57,21 @@ class Decoder:
         own = ["items", "labels", "timestamps", *(["key"] if keys else [])]
         #: Columns of a shard to read.
         self.names = [*own, *(f"task:{name}" for name in tasks), *(f"event:{name}" for name in events)]
+        #: What their types must be.
+        self.types: dict[str, pa.DataType] = {
+            "items": pa.list_(pa.int32()),
+            "labels": pa.list_(pa.float32()),
+            "timestamps": pa.list_(pa.int64()),
+            **({"key": pa.string()} if keys else {}),
+            **{f"task:{f.name}": stored_type(f) for f in features[Level.TASK]},
+            **{f"event:{f.name}": pa.list_(stored_type(f)) for f in features[Level.EVENT]},
+        }
 
-    def __call__(self, table: pa.Table, place: Callable[[np.ndarray], str], row_groups: np.ndarray) -> Decoded:
-        """The columns of these row groups.
+    def __call__(self, table: pa.Table) -> Decoded:
+        """The columns of some row groups.
 
         Raises:
-            DatasetError: A column is not what the manifest says; names the files, by `place`.
+            ColumnError: A column is not what the manifest says.
         """
         name = "items"
         try:
@@ -79,12 +93,12 @@ class Decoder:
             for feature in self._features[Level.TASK]:
                 name = f"task:{feature.name}"
                 tasks[feature.name] = feature_column(_single(table[name]), feature)
+            if self._keys:
+                name = "key"
+                if table[name].null_count:
+                    raise ValueError("keys without nulls were expected")
         except ValueError as error:
-            raise DatasetError(
-                f"A shard's column is not what the manifest says: {error}.",
-                where=f"column {name} of {place(row_groups)}",
-                remedy=REMEDY,
-            ) from error
+            raise ColumnError(name, str(error)) from error
         counted = None
         if self._counts is not None:
             counted = np.flatnonzero(self._counts[items])

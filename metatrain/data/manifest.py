@@ -23,13 +23,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import posixpath
+from collections import Counter
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from metatrain import storage
 from metatrain.data.schema import Schema
+from metatrain.documents import parse_json
 from metatrain.errors import DatasetError
 
 VERSION = 1
@@ -53,7 +56,11 @@ class ItemSet(StrEnum):
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Checksum = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class Shard(_Frozen):
@@ -61,10 +68,16 @@ class Shard(_Frozen):
 
     path: str
     split: Split
-    row_groups: tuple[int, ...]
-    events: int
-    bytes: int
-    sha256: str
+    row_groups: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...]
+    events: Count
+    bytes: Count
+    sha256: Checksum
+
+    @model_validator(mode="after")
+    def _inside(self) -> Shard:
+        if not storage.stays_inside(self.path):
+            raise ValueError(f"the shard's path {self.path!r} leaves the dataset's folder")
+        return self
 
     @property
     def tasks(self) -> int:
@@ -79,21 +92,38 @@ class Manifest(_Frozen):
     name: str
     schema_: Schema
     shards: tuple[Shard, ...]
-    items: int
-    new_items: int
-    tasks: dict[Split, int]
-    events: dict[Split, int]
+    items: Annotated[int, Field(ge=0, lt=2**31)]  # rows of the catalogue: 32-bit numbers in the shards
+    new_items: Count
+    tasks: dict[Split, Count]
+    events: dict[Split, Count]
     #: What preparation left out by choice, by reason; shown to the user.
     skipped: dict[str, int]
-    catalogue_sha256: str
+    catalogue_sha256: Checksum
     #: Of each table's vocabulary file, by the table's name.
-    vocabularies_sha256: dict[str, str]
+    vocabularies_sha256: dict[str, Checksum]
     #: The resolved `prepare` configuration, and where the data came from.
     prepared_with: dict[str, Any]
     #: Free facts for people, such as a synthetic log's Bayes-optimal error.
     facts: dict[str, Any] = {}
     #: What a task is. Datasets from before there was a choice have users.
     task: Literal["user", "item"] = "user"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Manifest:
+        paths = Counter(posixpath.normpath(shard.path) for shard in self.shards)
+        if twice := [path for path, count in paths.items() if count > 1]:
+            raise ValueError(f"the shard {twice[0]!r} is listed twice")
+        if self.new_items > self.items:
+            raise ValueError(f"{self.new_items} of {self.items} items are new")
+        for split in Split:
+            shards = [shard for shard in self.shards if shard.split is split]
+            for what, counted, told in (
+                ("tasks", sum(s.tasks for s in shards), self.tasks.get(split, 0)),
+                ("events", sum(s.events for s in shards), self.events.get(split, 0)),
+            ):
+                if counted != told:
+                    raise ValueError(f"the {split.value} shards have {counted} {what}, the split {told}")
+        return self
 
     @property
     def catalogued(self) -> str:
@@ -134,10 +164,10 @@ def read_manifest(url: str) -> Manifest:
             remedy="Make one with `metatrain prepare SOURCE --out URL`, or mend `data.dataset`.",
         )
     try:
-        raw = json.loads(storage.read_text(path))
+        raw = parse_json(storage.read_bytes(path))
     except ValueError as error:
         raise DatasetError(
-            f"The manifest is not JSON: {error}", where=path, remedy="Prepare the dataset again."
+            f"The manifest cannot be read as JSON: {error}", where=path, remedy="Prepare the dataset again."
         ) from error
     version = raw.get("version") if isinstance(raw, dict) else None
     if version != VERSION:

@@ -159,7 +159,16 @@ def encode(feature: Feature, column: pa.Array | pa.ChunkedArray, vocabulary: pa.
         return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(ids[ids > 0]))
     if feature.kind is Kind.NUMERIC:
         numbers = pc.fill_null(array.cast(pa.float64()), feature.mean).to_numpy(zero_copy_only=False)
-        return pa.array(((numbers - feature.mean) / feature.deviation).astype(np.float32))
+        with np.errstate(over="ignore"):
+            result = ((numbers - feature.mean) / feature.deviation).astype(np.float32)
+        if not np.isfinite(result).all():
+            raise SourceError(
+                "A number is too far from the others to be stored.",
+                where=f"feature {feature.name}",
+                got=float(numbers[~np.isfinite(result)][0]),
+                remedy="Mend the number.",
+            )
+        return pa.array(result)
     return _vectors(feature, array)
 
 

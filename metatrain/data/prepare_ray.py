@@ -9,7 +9,7 @@ import ctypes
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
@@ -18,6 +18,7 @@ from ray.exceptions import RayError
 from tqdm import tqdm
 
 from metatrain.errors import MetatrainError
+from metatrain.local_ray import local_ray
 
 Work = TypeVar("Work")
 Result = TypeVar("Result")
@@ -125,18 +126,16 @@ def workers(progress: bool, address: str | None = None, small: bool = False) -> 
         yield Here()
         return
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if started and address:
-        ray.init(address=address, **quiet)
-    elif started:
-        # Without an address Ray would join whatever cluster $RAY_ADDRESS, or another user of this machine, names.
-        ray.init(address="local", include_dashboard=False, **quiet)
-    try:
-        yield RayTasks(progress and sys.stderr.isatty())
-    except RayError as error:
-        raise unwrapped(error) from None
-    finally:
-        if started:
-            ray.shutdown()
+    with ExitStack() as session:
+        if started and address:
+            ray.init(address=address, **quiet)
+            session.callback(ray.shutdown)
+        elif started:
+            session.enter_context(local_ray(**quiet))
+        try:
+            yield RayTasks(progress and sys.stderr.isatty())
+        except RayError as error:
+            raise unwrapped(error) from None
 
 
 def unwrapped(error: BaseException) -> BaseException:

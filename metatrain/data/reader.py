@@ -7,7 +7,7 @@ tasks. It has no state that the plan cannot rebuild. Between Parquet and the bat
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,7 @@ class BatchReader:
         keys: Whether `read_keyed` is used: the tasks' keys are read too.
         read_ahead: Whether a thread reads a lane's next window while the open one is used.
         verify: Whether the sizes of the split's shards are compared with the manifest now.
+        quarantined: Paths of shards that are not read: the plan is what it is, and their tasks count as skipped.
 
     Raises:
         DatasetError: No dataset, or a shard that is missing, truncated or not the manifest's (also from `read`).
@@ -68,12 +69,13 @@ class BatchReader:
         keys: bool = False,
         read_ahead: bool = False,
         verify: bool = True,
+        quarantined: Collection[str] = (),
     ) -> None:
         self.dataset = TaskDataset.open(dataset) if isinstance(dataset, str) else dataset
         self.items, self.episode, self.seed = items, episode, seed
         shards = self.dataset.manifest.of(split)
         if verify:
-            check_sizes(self.dataset.url, shards)
+            check_sizes(self.dataset.url, [s for s in shards if s.path not in quarantined])
         sizes = row_groups(shards)
 
         def plan(epoch: int, row_groups: np.ndarray = sizes) -> EpochPlan:
@@ -98,7 +100,14 @@ class BatchReader:
         self._place = np.empty(len(catalogue), np.int64)
         counts = None if items is ItemSet.ALL else np.asarray(catalogue.new) == (items is ItemSet.NEW)
         decoder = Decoder(wanted, len(catalogue), counts, keys=keys)
-        self._windows = Windows(Shards(self.dataset.url, shards), decoder, episode, seed, ahead=read_ahead)
+        self._windows = Windows(
+            Shards(self.dataset.url, shards, decoder.types),
+            decoder,
+            episode,
+            seed,
+            ahead=read_ahead,
+            quarantined=quarantined,
+        )
 
     @classmethod
     def from_config(
@@ -131,7 +140,8 @@ class BatchReader:
     def read(self, epoch: int, step: int, lanes: Sequence[int]) -> TaskBatch:
         """The part of a step's global batch that these lanes give, in their order; possibly of no task.
 
-        Tasks with too few or too many events for the episode's bounds are left out, and counted in `skipped`.
+        Tasks with too few or too many events for the episode's bounds, and those of quarantined shards, are left out
+        and counted in `skipped`.
         """
         return next(iter(self.read_steps(epoch, step, 1, lanes)))
 
@@ -167,6 +177,7 @@ def iterate(
     tasks_per_batch: int = 256,
     keys: bool = False,
     features: Sequence[str] | None = None,
+    quarantined: Collection[str] = (),
 ) -> Iterator[Any]:
     """All tasks of a split once, in their stored order, read in this process: for evaluation and baselines.
 
@@ -190,6 +201,7 @@ def iterate(
         shuffle=False,
         features=features,
         keys=keys,
+        quarantined=quarantined,
     )
     try:
         for step in range(reader.steps(epoch)):

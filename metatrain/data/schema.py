@@ -7,8 +7,11 @@ vocabulary's order; with hash buckets it is 1 + hash mod (buckets - 1).
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from metatrain import storage
 
 #: The feature that stands for the item itself: its own embedding row, known for items of training events alone.
 ITEM_FEATURE = "item"
@@ -38,8 +41,13 @@ class LabelKind(StrEnum):
     CLICK = "click"
 
 
+#: Ids are 32-bit numbers in the shards.
+Rows = Annotated[int, Field(gt=0, lt=2**31)]
+Width = Annotated[int, Field(gt=0, le=2**20)]
+
+
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Feature(_Frozen):
@@ -54,11 +62,11 @@ class Feature(_Frozen):
     level: Level
     kind: Kind
     table: str | None = None
-    rows: int | None = None
-    width: int | None = None
-    buckets: int | None = None
+    rows: Rows | None = None
+    width: Width | None = None
+    buckets: Annotated[int, Field(ge=2, lt=2**31)] | None = None
     mean: float = 0.0
-    deviation: float = 1.0
+    deviation: Annotated[float, Field(ge=0)] = 1.0
 
     @property
     def embedded(self) -> bool:
@@ -71,6 +79,8 @@ class Feature(_Frozen):
             raise ValueError(f"feature {self.name!r} is {self.kind.value}: it needs table, rows and width")
         if self.kind is Kind.VECTOR and not self.width:
             raise ValueError(f"feature {self.name!r} is a vector: it needs a width")
+        if self.table is not None and not storage.stays_inside(self.table):
+            raise ValueError(f"the table {self.table!r} cannot be a file's name")  # of its vocabulary
         return self
 
 
@@ -80,7 +90,7 @@ class Schema(_Frozen):
     features: tuple[Feature, ...]
     label: LabelKind
     label_mean: float
-    label_deviation: float
+    label_deviation: Annotated[float, Field(ge=0)]
     label_min: float
     label_max: float
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -87,6 +87,7 @@ class TaskStream:
         items: Which events of a task count.
         features: Names of the features to read. Default: all.
         epochs: Epochs there are: nothing is read ahead behind the last. Default: no end.
+        quarantined: Paths of shards that are not read (see `BatchReader`).
         num_cpus: CPUs of a reader, for Ray's scheduling; of those added later, `READER_CPUS`.
 
     Raises:
@@ -105,11 +106,14 @@ class TaskStream:
         items: ItemSet = ItemSet.EXISTING,
         features: Sequence[str] | None = None,
         epochs: int | None = None,
+        quarantined: Collection[str] = (),
         num_cpus: float = READER_CPUS,
     ) -> None:
         self._url, self._data, self._seed, self._epochs, self._num_cpus = dataset_url, data, seed, epochs, num_cpus
         shards = read_manifest(dataset_url).of(split)
-        check_sizes(dataset_url, shards)  # here, once a worker: a broken dataset fails before an actor starts
+        check_sizes(
+            dataset_url, [s for s in shards if s.path not in quarantined]
+        )  # here, once a worker: a broken dataset fails before an actor starts
         self._row_groups = row_groups(shards)
         self._steps: dict[int, int] = {}
         mine = list(range(data.lanes)) if lanes is None else list(lanes)
@@ -125,6 +129,7 @@ class TaskStream:
             "episode": data.episode,
             "seed": seed,
             "features": features,
+            "quarantined": quarantined,
         }
         #: Readers that were replaced.
         self.restarts = 0

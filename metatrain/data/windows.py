@@ -7,19 +7,19 @@ a batch spans both; and, reading ahead, the next one).
 from __future__ import annotations
 
 import threading
+from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-import pyarrow as pa
 
 from metatrain.config import EpisodeConfig
 from metatrain.data.columns import Stored, stored, take
-from metatrain.data.decoded import Decoder
+from metatrain.data.decoded import ColumnError, Decoded, Decoder
 from metatrain.data.episodes import split_events
 from metatrain.data.plan import EpochPlan, Positions, WindowTasks
-from metatrain.data.shards import Shards
+from metatrain.data.shards import Shards, shard_error
 from metatrain.errors import DatasetError
 
 
@@ -49,9 +49,20 @@ class Windows:
         episode: How events become support and query.
         seed: Seed of the episodes.
         ahead: Whether a thread reads a lane's next window while the open one is used.
+        quarantined: Paths of shards that are not read: their places in the plan stay, without a task.
     """
 
-    def __init__(self, shards: Shards, decoder: Decoder, episode: EpisodeConfig, seed: int, *, ahead: bool) -> None:
+    def __init__(
+        self,
+        shards: Shards,
+        decoder: Decoder,
+        episode: EpisodeConfig,
+        seed: int,
+        *,
+        ahead: bool,
+        quarantined: Collection[str] = (),
+    ) -> None:
+        self._lost = shards.in_shards(quarantined)
         self._shards, self._decoder, self._episode, self._seed = shards, decoder, episode, seed
         self._open: dict[tuple[int, int, int], Window | Future[Window]] = {}
         self._ahead = ThreadPoolExecutor(1, "read-ahead") if ahead else None
@@ -79,17 +90,19 @@ class Windows:
     @cached_property
     def empty(self) -> Window:
         """Columns of the right types without a row."""
-        if not len(self._shards.row_groups):
+        there = np.flatnonzero(~self._lost)
+        if not len(there):
             raise DatasetError(
-                "This split has no task.",
+                "This split has no task." if not self._lost.any() else "All shards of this split are quarantined.",
                 where=self._shards.url,
-                remedy="Prepare the dataset with a larger share for it (prepare.user_split).",
+                remedy="Prepare the dataset with a larger share for it (prepare.user_split)."
+                if not self._lost.any()
+                else "Copy the shards again from where they were made, or prepare the dataset again.",
             )
-        first, none = np.zeros(1, np.int64), np.zeros(0, np.int64)
+        none = np.zeros(0, np.int64)
         with self._reading:
-            table = self._shards.read(first, self._decoder.names)
-        tasks = WindowTasks(first, none, Positions(none, none, none))
-        return self._arranged(table.slice(0, 0), tasks, 0)
+            decoded = self._decoded(there[:1], empty=True)
+        return self._arranged(decoded, WindowTasks(there[:1], none, Positions(none, none, none)), none, 0)
 
     def close(self) -> None:
         """Closes windows and files, and ends the read-ahead."""
@@ -100,19 +113,60 @@ class Windows:
 
     def _load(self, plan: EpochPlan, lane: int, window: int) -> Window:
         tasks = plan.window_tasks(lane, window)
+        lost = self._lost[tasks.row_groups]
+        if lost.all():
+            # All its places are there, with no task.
+            return replace(self.empty, tasks_before=np.zeros(len(tasks.rows) + 1, np.int64))
         with self._reading:  # the read-ahead thread shares the open files
-            table = self._shards.read(tasks.row_groups, self._decoder.names)
-        return self._arranged(table, tasks, plan.epoch)
+            decoded = self._decoded(tasks.row_groups[~lost])
+        rows = tasks.rows
+        if lost.any():
+            # Places of the plan stay what they are; rows are counted without the row groups that are not read.
+            sizes = self._shards.row_groups[tasks.row_groups]
+            before = _starts(sizes)[:-1] - _starts(np.where(lost, sizes, 0))[:-1]
+            group = np.repeat(np.arange(len(sizes)), sizes)[rows]
+            inside = rows - _starts(sizes)[group]
+            rows = np.where(lost[group], -1, before[group] + inside)
+        return self._arranged(decoded, tasks, rows, plan.epoch)
 
-    def _arranged(self, table: pa.Table, tasks: WindowTasks, epoch: int) -> Window:
-        """The chosen events in the plan's order: the one gather that the window's columns go through."""
-        decoded = self._decoder(table, self._shards.place, tasks.row_groups)
-        starts, ends = decoded.offsets[tasks.rows], decoded.offsets[tasks.rows + 1]
+    def _decoded(self, row_groups: np.ndarray, empty: bool = False) -> Decoded:
+        """The columns of row groups; `empty`: none of their rows.
+
+        Raises:
+            ShardError: Names the shard whose column is not what the manifest says.
+        """
+
+        def decoded(groups: np.ndarray) -> Decoded:
+            table = self._shards.read(groups, self._decoder.names)
+            return self._decoder(table.slice(0, 0) if empty else table)
+
+        try:
+            return decoded(row_groups)
+        except ColumnError:
+            for shard, own in self._shards.by_shard(row_groups):
+                try:
+                    decoded(own)
+                except ColumnError as error:
+                    what = f"A shard's column is not what the manifest says: {error.reason}."
+                    raise shard_error(self._shards.url, shard, what, column=error.column) from error
+            raise
+
+    def _arranged(self, decoded: Decoded, tasks: WindowTasks, rows: np.ndarray, epoch: int) -> Window:
+        """The chosen events in the plan's order: the one gather that the window's columns go through.
+
+        Args:
+            decoded: The tasks.
+            tasks: The window's places.
+            rows: Where each place's task is in `decoded`, -1 where it is not: int64 [n].
+            epoch: Whose episodes.
+        """
+        starts, ends = decoded.offsets[rows], decoded.offsets[rows + 1]
+        lengths = np.where(rows < 0, 0, ends - starts)  # no episode has no event: such a place gives no task
         ordinals = tasks.positions.ordinal
-        chosen = split_events(ends - starts, self._episode, self._seed, epoch, ordinals, starts)
-        rows = tasks.rows[chosen.tasks]
+        chosen = split_events(lengths, self._episode, self._seed, epoch, ordinals, starts)
+        rows = rows[chosen.tasks]
         events = chosen.events if decoded.counted is None else decoded.counted[chosen.events]
-        chosen_before = np.zeros(len(tasks.rows), np.int64)
+        chosen_before = np.zeros(len(lengths), np.int64)
         chosen_before[chosen.tasks] = 1
         return Window(
             tasks_before=_starts(chosen_before),

@@ -16,6 +16,7 @@ from metatrain.config import EpisodeConfig, EvaluateConfig
 from metatrain.data.batch import TaskBatch
 from metatrain.data.dataset import TaskDataset
 from metatrain.data.manifest import ItemSet, Split
+from metatrain.data.quarantine import Quarantine, read_quarantine
 from metatrain.data.reader import iterate
 from metatrain.errors import CheckpointError
 from metatrain.evaluate import baselines
@@ -84,7 +85,8 @@ def evaluate_recommender(
     dataset = recommender.dataset
     task, catalogued = dataset.manifest.task, dataset.manifest.catalogued
     judge = Judge(dataset.schema, config)
-    fitted = fitted or fit_baselines(dataset, judge)
+    lost = read_quarantine(recommender.run_url, dataset)
+    fitted = fitted or fit_baselines(dataset, judge, lost)
     whole = list(_validation_batches(dataset, config, None)) if recommender.model.meta.candidates() else []
     choice = choose_adaptation(recommender, whole, judge)
     orders_alone = frozenset(b.name for b in fitted.baselines if not b.predicts)
@@ -100,7 +102,7 @@ def evaluate_recommender(
         return {ADAPTED: scores.after, UNADAPTED: scores.before} | {b.name: b.scores(tasks) for b in beside}
 
     measured: dict[str, Measured] = {}
-    notes = [*fitted.notes, *choice.notes]
+    notes = [*fitted.notes, *choice.notes, *([f"The run: {lost.told()}."] if lost.shards else [])]
     partitions = partitions_of(config, task, catalogued)
     for partition in partitions:
         if not dataset.manifest.tasks.get(partition.split, 0):
@@ -166,12 +168,18 @@ def _left_out(
             yield f"{metric} left out for {', '.join(names)}: {judge.needs(metric)}."
 
 
-def fit_baselines(dataset: TaskDataset, judge: Judge) -> Fitted:
-    """The baselines of a dataset: training tasks' events on the existing catalogue; settings chosen on validation."""
+def fit_baselines(dataset: TaskDataset, judge: Judge, lost: Quarantine | None = None) -> Fitted:
+    """The baselines of a dataset: training tasks' events on the existing catalogue; settings chosen on validation.
+
+    Args:
+        dataset: Whose.
+        judge: By what settings are chosen.
+        lost: Shards that the run beside them was trained without: they are fitted on the same tasks.
+    """
     config = judge.config
     batches = list(_validation_batches(dataset, config, ()))
     return baselines.fit(
-        _training_events(dataset),
+        _training_events(dataset, lost or Quarantine()),
         np.asarray(dataset.catalogue.training_events),
         map(padded, batches),
         judge.loss,
@@ -204,8 +212,16 @@ def _validation_batches(
             return
 
 
-def _training_events(dataset: TaskDataset) -> TrainingEvents:
-    batches = iterate(dataset, Split.TRAIN, ItemSet.EXISTING, _ALL_EVENTS, tasks_per_batch=1024, features=())
+def _training_events(dataset: TaskDataset, lost: Quarantine) -> TrainingEvents:
+    batches = iterate(
+        dataset,
+        Split.TRAIN,
+        ItemSet.EXISTING,
+        _ALL_EVENTS,
+        tasks_per_batch=1024,
+        features=(),
+        quarantined=lost.paths,
+    )
     return training_events(batches, len(dataset.catalogue.new))
 
 

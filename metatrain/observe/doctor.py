@@ -33,8 +33,9 @@ _AGAIN = "In a clone: `rm -rf .venv`, then `make setup`. Elsewhere: see Installa
 _TRY_TABLES = "import fbgemm_gpu, torchrec"
 _TRY_RAY = """
 import ray
-ray.init(address="local", num_cpus=1, include_dashboard=False, object_store_memory=100 * 2**20)
-print(ray.get(ray.remote(lambda: "started").remote()))
+from metatrain.local_ray import local_ray
+with local_ray(num_cpus=1, object_store_memory=100 * 2**20):
+    print(ray.get(ray.remote(lambda: "started").remote()))
 """
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pacsv
-import pyarrow.json as pajson
-import pyarrow.parquet as pq
 
 from metatrain import storage
+from metatrain.data.parquet import read_parquet
+from metatrain.documents import parse_json
 from metatrain.errors import RequestError
 
 #: What `Recommender.adapt` takes.
@@ -48,14 +48,11 @@ def read_table(events: Events) -> tuple[pa.Table, Places]:
         RequestError: No such file, a kind that is not read, or one that cannot be parsed.
     """
     if isinstance(events, pa.Table):
-        return events, Places("the table", 0, "row")
+        return _usual(events), Places("the table", 0, "row")
     if not isinstance(events, str | os.PathLike):
         try:
-            listed = [dict(event) for event in events]
-            # All events' columns: pyarrow would take those of the first event alone.
-            names = list(dict.fromkeys(name for event in listed for name in event))
-            return pa.table({n: [event.get(n) for event in listed] for n in names}), Places("the list", 0, "event")
-        except (pa.ArrowInvalid, pa.ArrowTypeError, TypeError, ValueError) as error:
+            return _tabled([dict(event) for event in events]), Places("the list", 0, "event")
+        except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
             raise RequestError(
                 f"The events cannot be read as a table: {error}",
                 where="the list",
@@ -75,11 +72,24 @@ def read_table(events: Events) -> tuple[pa.Table, Places]:
         raise RequestError("There is no such file of events.", where=events, remedy="Check the path.")
     first, word = {".csv": (2, "line"), ".parquet": (0, "row")}.get(kind, (1, "line"))
     try:
-        return readers[kind](storage.read_bytes(events)), Places(events, first, word)
-    except (pa.ArrowInvalid, pa.ArrowKeyError, UnicodeDecodeError, csv.Error) as error:
+        return _usual(readers[kind](storage.read_bytes(events))), Places(events, first, word)
+    except (pa.ArrowException, OSError, TypeError, ValueError, OverflowError, csv.Error) as error:
         raise RequestError(
             f"The file cannot be parsed: {error}", where=events, remedy="Mend the line; JSON is one object a line."
         ) from error
+
+
+def _usual(table: pa.Table) -> pa.Table:
+    """The same values without codes and views, which few of pyarrow's functions take."""
+    for place, field in enumerate(table.schema):
+        kind = field.type
+        if pa.types.is_dictionary(kind):
+            kind = kind.value_type
+        if pa.types.is_string_view(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind):
+            kind = pa.string()
+        if kind != field.type:
+            table = table.set_column(place, field.name, table.column(place).cast(kind))
+    return table
 
 
 def _csv(content: bytes) -> pa.Table:
@@ -92,8 +102,27 @@ def _csv(content: bytes) -> pa.Table:
 
 
 def _json(content: bytes) -> pa.Table:
-    return pajson.read_json(pa.BufferReader(content))
+    # Not by pyarrow: its reader ends the process on a line `null`, or on lists nested deeply (pyarrow 26).
+    listed = []
+    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            event = parse_json(line)
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from error
+        if not isinstance(event, dict):
+            raise ValueError(f"line {number}: it is no object")
+        listed.append(event)
+    return _tabled(listed)
+
+
+def _tabled(listed: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """Events as a table of all their columns: pyarrow would take those of the first event alone."""
+    names = list(dict.fromkeys(name for event in listed for name in event))
+    # A table without a column would have no row, though there are events.
+    return pa.table({n: [event.get(n) for event in listed] for n in names} or {"": pa.nulls(len(listed))})
 
 
 def _parquet(content: bytes) -> pa.Table:
-    return pq.read_table(pa.BufferReader(content))
+    return read_parquet(content)

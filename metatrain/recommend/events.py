@@ -11,6 +11,7 @@ the model takes, columns that mean nothing here, values of features that trainin
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,6 +84,8 @@ def read_requests(events: Events, dataset: TaskDataset, support_max: int) -> Req
             file, the place, the value and the remedy.
     """
     table, places = read_table(events)
+    if twice := [name for name, count in Counter(table.column_names).items() if count > 1]:
+        raise RequestError("A column is there twice.", where=places.file, got=twice[0], remedy="Name each column once.")
     task, entry = dataset.manifest.task, dataset.manifest.catalogued  # "user" and "item", or the other way round
     if not table.num_rows:
         remedy = f"Give at least one event: {entry} and label."
@@ -91,9 +94,9 @@ def read_requests(events: Events, dataset: TaskDataset, support_max: int) -> Req
         raise _missing(entry, table, places, dataset)
     if LABEL not in table.column_names and dataset.schema.label is LabelKind.RATING:
         raise _missing(LABEL, table, places, dataset)
-    items = _checked(as_text(_whole(table[entry])), Check.KEY, entry, places)
+    items = _checked(_text(table, entry, places), Check.KEY, entry, places)
     users = (
-        _checked(as_text(_whole(table[task])), Check.KEY, task, places)
+        _checked(_text(table, task, places), Check.KEY, task, places)
         if task in table.column_names
         else pa.array([UNNAMED[task]] * len(table))
     )
@@ -138,7 +141,7 @@ def read_requests(events: Events, dataset: TaskDataset, support_max: int) -> Req
         event_features=event_features,
         unknown_items=unknown,
         warnings=(*warnings, *unknown_of_users, *unknown_of_events),
-        titles=_titles(table, names, codes) if task == "item" else {},
+        titles=_titles(table, names, codes, places) if task == "item" else {},
     )
 
 
@@ -170,9 +173,9 @@ def _checked(column: Any, check: Check, name: str, places: Places) -> Any:
     column = _whole(column)
     numeric = pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_boolean(column.type)
     if check.arrow_type == pa.float64() and numeric:
-        column = pc.cast(column, pa.float64())
+        column = pc.cast(column, pa.float64(), safe=False)
     if check.arrow_type == pa.float64() and not numeric:
-        column = pc.cast(column, pa.string())
+        column = _as_text(column, name, places)
         bad = text_of(column, check)
     else:
         bad = bad_values(column, check)
@@ -194,7 +197,25 @@ def _checked(column: Any, check: Check, name: str, places: Places) -> Any:
 
 
 def _whole(column: pa.Array | pa.ChunkedArray) -> pa.Array:
-    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if isinstance(column, pa.ChunkedArray):
+        return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+    return column
+
+
+def _text(table: pa.Table, name: str, places: Places) -> pa.Array:
+    return _as_text(_whole(table[name]), name, places)
+
+
+def _as_text(column: pa.Array, name: str, places: Places) -> pa.Array:
+    try:
+        return as_text(column)
+    except pa.ArrowException as error:
+        raise RequestError(
+            f"A column cannot be read: {str(error).splitlines()[0]}",
+            where=f"{places.file}: column {name}",
+            got=str(column.type),
+            remedy="Give texts or numbers.",
+        ) from error
 
 
 def _missing(name: str, table: pa.Table, places: Places, dataset: TaskDataset) -> RequestError:
@@ -215,11 +236,11 @@ def _ignored(table: pa.Table, dataset: TaskDataset) -> list[str]:
     return [f"columns left out, the dataset has no such {task} or event feature: {', '.join(extra)}."] if extra else []
 
 
-def _titles(table: pa.Table, names: list[str], codes: np.ndarray) -> dict[str, str]:
+def _titles(table: pa.Table, names: list[str], codes: np.ndarray, places: Places) -> dict[str, str]:
     """The titles that the events give to their tasks: those of the first event of each."""
     if TITLE not in table.column_names:
         return {}
-    titles = as_text(_whole(table[TITLE]).take(pa.array(_first(codes, len(names))))).to_pylist()
+    titles = _text(table, TITLE, places).take(pa.array(_first(codes, len(names)))).to_pylist()
     return {name: title for name, title in zip(names, titles, strict=True) if title}
 
 

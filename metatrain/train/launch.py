@@ -27,6 +27,7 @@ from metatrain.checkpoint.identity import check_identity, identity
 from metatrain.config import Config, to_yaml, validated
 from metatrain.data.dataset import TaskDataset
 from metatrain.data.manifest import Split
+from metatrain.data.quarantine import BadShards, read_quarantine
 from metatrain.errors import ConfigError, MetatrainError, TrainingError
 from metatrain.model.build import build_model
 from metatrain.model.construct import absolute_name
@@ -37,7 +38,7 @@ from metatrain.train.footprint import check_machine
 from metatrain.train.session import ray_session, worker_cpus
 from metatrain.train.step import open_reader
 from metatrain.train.supervise import Overseer, fatal, group_name, heart, kill_hanging, make_teller
-from metatrain.train.worker import Seat, is_over, last_step, train
+from metatrain.train.worker import QUARANTINED, Seat, is_over, last_step, train
 
 log = logging.getLogger("metatrain")
 
@@ -63,7 +64,10 @@ def launch(config: Config, address: str | None = None, work: Callable[[Config, S
         MetatrainError: The run cannot work, or failed more often than `train.max_failures` allows.
     """
     config = located(config)
-    check(config)
+    checked = {Split.TRAIN, *([Split.VALIDATION] if config.train.validate_every else [])}
+    shards = BadShards(config.run_url, config.data, lambda: max(committed_steps(config.run_url), default=0))
+    shards.check(checked)
+    shards.spared(lambda: check(config))
     if not address:
         check_machine(config)
     if finished(config):
@@ -71,7 +75,9 @@ def launch(config: Config, address: str | None = None, work: Callable[[Config, S
         return
     storage.write_atomic(storage.join(config.run_url, "config.yaml"), to_yaml(config))
     with ray_session(config, address):
-        _fit(config, work)
+        shards.spared(lambda: _fit(config, work))
+    if lost := shards.quarantine().told():
+        log.warning("%s", lost)
 
 
 def located(config: Config) -> Config:
@@ -113,6 +119,7 @@ def check(config: Config) -> None:
     if steps := committed_steps(config.run_url):
         marker = open_checkpoint(config.run_url, steps[-1]).marker
         check_identity(marker.identity, identity(config, dataset.fingerprint), config.run_url)
+        read_quarantine(config.run_url, dataset).check_grown(marker.loop.get(QUARANTINED, ()), config.run_url)
 
 
 def finished(config: Config) -> bool:

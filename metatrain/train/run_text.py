@@ -8,6 +8,7 @@ from typing import Any
 from metatrain import __version__
 from metatrain.config import Config, to_yaml
 from metatrain.data.dataset import TaskDataset
+from metatrain.data.quarantine import read_quarantine
 from metatrain.model.sharding import Distributed
 from metatrain.observe.tensorboard import Board
 
@@ -40,10 +41,12 @@ _PLACES = ("data.dataset", "train.checkpoint", "train.log_every")
 
 
 def write_texts(board: Board, config: Config, dataset: TaskDataset, distributed: Distributed) -> None:
-    """Writes a guide, configuration, dataset, sharding plan and versions as Markdown."""
+    """Writes a guide, configuration, dataset, quarantined shards, sharding plan and versions as Markdown."""
     board.text("1 guide", GUIDE)
     board.text("2 configuration", f"```yaml\n{to_yaml(config)}```")
     board.text("3 dataset", _dataset(dataset))
+    if (quarantine := read_quarantine(config.run_url, dataset)).shards:
+        board.text("3 quarantined shards", quarantine.markdown())
     board.text("4 sharding plan", _plan(distributed))
     packages = ("torch", "torchrec", "ray", "pyarrow")
     board.text(

@@ -18,6 +18,7 @@ from metatrain.config import Config
 from metatrain.data.dataset import TaskDataset
 from metatrain.data.stream import READER_CPUS
 from metatrain.errors import ConfigError
+from metatrain.local_ray import local_ray
 from metatrain.model.table_plan import Workers, size
 from metatrain.train.footprint import check_fits, footprint
 
@@ -35,30 +36,28 @@ def ray_session(config: Config, address: str | None) -> Iterator[None]:
         return
     # Ray would print a line of its own for every worker; what users need comes through `tell`.
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    cpus = cpus_of(config)
-    try:
-        if address:
-            ray.init(address=address, **quiet)
-        else:
-            for name, value in LOCAL_SETTINGS.items():
-                os.environ.setdefault(name, value)
-            # "local": without it, Ray would join whatever cluster the environment names.
-            ray.init(address="local", num_cpus=max(os.cpu_count() or 1, cpus + 1), include_dashboard=False, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"Ray cannot be reached or started: {error}",
-            where="--address",
-            got=address or "a local Ray",
-            remedy="Check the address and that the cluster is up; `metatrain doctor` examines this machine.",
-        ) from error
-    try:
+    with contextlib.ExitStack() as session:
+        try:
+            if address:
+                ray.init(address=address, **quiet)
+                session.callback(ray.shutdown)
+            else:
+                for name, value in LOCAL_SETTINGS.items():
+                    os.environ.setdefault(name, value)
+                cpus = max(os.cpu_count() or 1, cpus_of(config) + 1)
+                session.enter_context(local_ray(num_cpus=cpus, **quiet))
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"Ray cannot be reached or started: {error}",
+                where="--address",
+                got=address or "a local Ray",
+                remedy="Check the address and that the cluster is up; `metatrain doctor` examines this machine.",
+            ) from error
         check_resources(config, cluster=bool(address))
         if address:
             check_memory(config, ray.nodes())
         _check_shared_storage(config.run_url)
         yield
-    finally:
-        ray.shutdown()
 
 
 def worker_cpus(config: Config) -> float:

@@ -15,6 +15,7 @@ from metatrain.config import Config
 from metatrain.data.batch import TaskBatch
 from metatrain.data.dataset import TaskDataset
 from metatrain.data.manifest import ItemSet, Split
+from metatrain.data.quarantine import read_quarantine
 from metatrain.data.reader import BatchReader
 from metatrain.model.metamodel import Asked, MetaModel, StepOutput
 from metatrain.model.sharding import Distributed
@@ -168,7 +169,10 @@ class _Sums:
 
 
 def open_reader(dataset: TaskDataset, config: Config, split: Split) -> BatchReader:
-    """A reader of a split's known items in this process: training's episodes for training users, else evaluation's."""
+    """A reader of a split's known items in this process: training's episodes for training users, else evaluation's.
+
+    Of training users it leaves out those of shards that the run has quarantined.
+    """
     training = split is Split.TRAIN
     return BatchReader.from_config(
         dataset,
@@ -179,6 +183,7 @@ def open_reader(dataset: TaskDataset, config: Config, split: Split) -> BatchRead
         config.train.seed if training else config.evaluate.seed,
         shuffle=training,
         features=config.model.features,
+        quarantined=read_quarantine(config.run_url, dataset).paths if training else (),
     )
 
 

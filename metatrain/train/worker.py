@@ -23,6 +23,7 @@ from metatrain.data.batch import TaskBatch
 from metatrain.data.dataset import TaskDataset
 from metatrain.data.manifest import Split
 from metatrain.data.plan import lanes_of
+from metatrain.data.quarantine import read_quarantine
 from metatrain.data.stream import TaskStream
 from metatrain.errors import TrainingError
 from metatrain.model.build import build_model
@@ -43,6 +44,8 @@ from metatrain.train.transfer import device_batches
 
 #: Skipped steps that are said one by one; later ones are counted in the curves and at the end.
 SKIPPED_SAID = 20
+#: Under this name a checkpoint tells which shards it was trained without.
+QUARANTINED = "quarantined"
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ class Training:
         seat.tell({"say": f"embedding tables on {seat.world_size} worker(s):\n{plan.text()}"})
         self.distributed = distribute(self.model, config.train.optimizer, seat.device, plan)
         self.optimizer = DenseOptimizer(self.distributed.dense_parameters(), config.train.optimizer)
+        self.quarantine = read_quarantine(config.run_url, self.dataset)
         self.must_equal = identity(config, self.dataset.fingerprint)
         self.pulse = seat.pulse
         self.pulse.enter("restore")
@@ -119,6 +123,7 @@ class Training:
             lanes=self.lanes,
             features=config.model.features,
             epochs=config.train.epochs,
+            quarantined=self.quarantine.paths,
             num_cpus=0,  # this worker asked for its readers' CPUs too: see `session.worker_cpus`
         )
         self.steps_of = [self.stream.steps(epoch) for epoch in range(config.train.epochs)]
@@ -268,7 +273,7 @@ class Training:
             run_state(self.distributed, self.optimizer),
             cursor=self.cursor,
             identity=self.must_equal,
-            loop={**self.patience.state(), "guard": self.guard.state()},
+            loop={**self.patience.state(), "guard": self.guard.state(), QUARANTINED: sorted(self.quarantine.paths)},
             configuration=config.model_dump(mode="json"),
             metrics=metrics or {},
         )

@@ -174,9 +174,16 @@ print(sizes.sum(), seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss /
 
 def test_a_billion_users_are_planned_in_seconds_and_bounded_memory_from_a_manifest_on_disk(tiny_dataset, tmp_path):
     sizes = tuple(np.random.default_rng(0).integers(1, 2048, 250).tolist())
-    shard = Shard(path="", split=Split.TRAIN, row_groups=sizes, events=10**7, bytes=10**8, sha256="0" * 64)
+    shard = Shard(
+        path="shards/train/0.parquet", split=Split.TRAIN, row_groups=sizes, events=10**7, bytes=10**8, sha256="0" * 64
+    )
     shards = tuple(shard.model_copy(update={"path": f"shards/train/{i:05d}.parquet"}) for i in range(4000))
-    read_manifest(tiny_dataset()).model_copy(update={"shards": shards}).write(str(tmp_path))
+    whole = {
+        "shards": shards,
+        "tasks": {Split.TRAIN: sum(sizes) * len(shards)},
+        "events": {Split.TRAIN: shard.events * len(shards)},
+    }
+    read_manifest(tiny_dataset()).model_copy(update=whole).write(str(tmp_path))
     # In a process of its own: the peak of this one's memory is of other tests.
     command = [sys.executable, "-c", _BILLION, str(tmp_path)]
     found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])

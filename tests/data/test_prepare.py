@@ -27,8 +27,8 @@ from metatrain.data.prepare import _partitions, _prepare, prepare, summary
 from metatrain.data.prepare_output import origin_of
 from metatrain.data.prepare_ray import Here, RayTasks
 from metatrain.data.schema import Level
-from metatrain.data.shards import verify_shards
 from metatrain.data.sources import read_source
+from metatrain.data.verify import verify
 from metatrain.errors import ConfigError, DatasetError, SourceError
 
 pytestmark = [pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(300)]
@@ -279,13 +279,13 @@ def test_a_preparation_that_fails_leaves_the_dataset_it_was_to_replace(tmp_path:
     assert {name: (out / name).read_bytes() for name in files(out)} == content
     dataset = TaskDataset.open(str(out))
     assert dataset.manifest == before
-    assert verify_shards(str(out), before) > 0
+    assert verify(str(out)).whole
     assert len(dataset.catalogue) == before.items
     # And when it goes well nothing of the old one stays: here shards of a second partition.
     after = prepare(Log(tmp_path / "log").config(), str(out), progress=False, overwrite=True)
     assert files(out) == files_of(after)
     assert len(after.shards) < len(before.shards)
-    assert verify_shards(str(out), after) > 0
+    assert verify(str(out)).whole
 
 
 @pytest.mark.parametrize("shards", [1, 3])

@@ -26,7 +26,7 @@ from metatrain.data.plan import EpochPlan, lanes_of
 from metatrain.data.prepare_shards import parquet_bytes
 from metatrain.data.reader import BatchReader, batch_from_events, concatenate_batches, iterate
 from metatrain.data.schema import Kind, Level
-from metatrain.data.shards import Shards, row_groups, verify_shards
+from metatrain.data.shards import Shards, row_groups
 from metatrain.errors import ConfigError, DatasetError, RequestError
 
 EPISODE = EpisodeConfig(cut="uniform", support_min=2, support_max=5, query_max=3)
@@ -343,7 +343,9 @@ def test_flipped_bits_in_a_prepared_shard_are_not_read_as_other_values(tmp_path:
     labels = pa.array(rng.normal(size=2000).astype(np.float32))
     table = pa.table({"labels": pa.ListArray.from_arrays(pa.array(np.arange(0, 2001, 10, dtype=np.int32)), labels)})
     content = parquet_bytes(table, 50)
-    shard = Shard(path="a.parquet", split=Split.TRAIN, row_groups=(50,) * 4, events=2000, bytes=len(content), sha256="")
+    shard = Shard(
+        path="a.parquet", split=Split.TRAIN, row_groups=(50,) * 4, events=2000, bytes=len(content), sha256="0" * 64
+    )
     file = tmp_path / shard.path
     refused = changed = 0
     pages = len(content) - 8 - int.from_bytes(content[-8:-4], "little")  # the footer is behind them
@@ -360,16 +362,6 @@ def test_flipped_bits_in_a_prepared_shard_are_not_read_as_other_values(tmp_path:
     # Nearly: a page's header is outside of its checksum. Most of it is of no use to reading, or cannot be wrong unseen.
     assert changed <= 0.01 * len(places)
     assert refused > 0.9 * len(places)
-
-
-def test_verify_shards_finds_any_changed_byte(tiny_dataset: Make):
-    url = tiny_dataset(fresh=True)
-    manifest = read_manifest(url)
-    assert verify_shards(url, manifest) == sum(s.bytes for s in manifest.shards)
-    path = broken(url, flip(0.999))
-    with pytest.raises(DatasetError, match="checksum") as caught:
-        verify_shards(url, manifest)
-    assert caught.value.where == path
 
 
 def rewrite(change: Callable[[pa.Table], pa.Table], size: int = 4) -> Callable[[str], None]:

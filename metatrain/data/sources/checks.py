@@ -9,6 +9,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 _NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$"
+#: Labels are 32-bit numbers in the shards.
+_GREATEST_LABEL = float(np.finfo(np.float32).max)
+#: Beyond these seconds a time is none: the year 33,658.
+_LATEST = 1e12
 #: Above it a number of time is in milliseconds (1973 in milliseconds, the year 5138 in seconds), then micro, nano.
 _MILLISECONDS, _MICROSECONDS, _NANOSECONDS = 1e11, 1e14, 1e17
 
@@ -54,6 +58,7 @@ def bad_values(column: pa.Array | pa.ChunkedArray, check: Check) -> np.ndarray:
     wrong = ~np.isfinite(values)
     if check is Check.NUMBER:
         return wrong
+    wrong |= np.abs(values) > _GREATEST_LABEL
     if check is Check.CLICK:
         wrong |= (values != 0.0) & (values != 1.0)
     return wrong | missing
@@ -139,7 +144,8 @@ def _scaled(numbers: pa.Array | pa.ChunkedArray) -> np.ndarray:
     values = _float(numbers)
     size = np.abs(values)
     scale = np.select([size > _NANOSECONDS, size > _MICROSECONDS, size > _MILLISECONDS], [1e9, 1e6, 1e3], 1.0)
-    return np.where(np.isfinite(values), values / scale, np.nan)
+    found = np.where(np.isfinite(values), values / scale, np.nan)
+    return np.where(np.abs(found) <= _LATEST, found, np.nan)
 
 
 def _float(column: pa.Array | pa.ChunkedArray) -> np.ndarray:

@@ -51,7 +51,7 @@ def _together(found: list[tuple[Chunk, int]]) -> list[Chunk]:
     chunks: list[Chunk] = []
     held: list[Chunk] = []
     rows = 0
-    for chunk, more in [*found, (None, _CHUNK_ROWS)]:
+    for chunk, more in [*found, (None, _CHUNK_ROWS + 1)]:
         if held and rows + more > _CHUNK_ROWS:
             chunks.append(held[0] if len(held) == 1 else Several(tuple(held)))
             held, rows = [], 0

@@ -6,10 +6,14 @@ import glob
 import gzip
 import hashlib
 import io
+import lzma
 import os
 import posixpath
+import struct
 import zipfile
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, cast
 
@@ -41,13 +45,26 @@ class RawFile:
         return f"{self.url}: {self.member}" if self.member else self.url
 
     def open(self) -> IO[bytes]:
-        """Opens it for reading."""
-        file = storage.open_file(self.url)
-        return zipfile.ZipFile(file).open(self.member) if self.member else file
+        """Opens it for reading.
+
+        Raises:
+            SourceError: A broken archive, also when it is read.
+        """
+        if self.member is None:
+            return storage.open_file(self.url)
+        with _packed(self.place):
+            member = zipfile.ZipFile(storage.open_file(self.url)).open(self.member)  # noqa: SIM115 (the reader closes it)
+        return cast(IO[bytes], _Packed(member, self.place))
 
     def unpacked(self, raw: IO[bytes]) -> IO[bytes]:
-        """The opened file's content: a `.gz` unpacked as it is read."""
-        return cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if self.name.endswith(".gz") else raw
+        """The opened file's content: a `.gz` unpacked as it is read.
+
+        Raises:
+            SourceError: When it is read, and broken.
+        """
+        if not self.name.endswith(".gz"):
+            return raw
+        return cast(IO[bytes], _Packed(cast(IO[bytes], gzip.GzipFile(fileobj=raw)), self.place))
 
     def read(self) -> bytes:
         """All of it."""
@@ -58,8 +75,7 @@ class RawFile:
         """Its size in bytes, unpacked."""
         if self.member is None:
             return storage.size(self.url)
-        with storage.open_file(self.url) as file, zipfile.ZipFile(file) as archive:
-            return archive.getinfo(self.member).file_size
+        return _archive(self.url)[self.member].file_size
 
 
 def find_files(path: str) -> list[RawFile]:
@@ -90,26 +106,80 @@ def _with_prefix(prefix: str, path: str) -> str:
 
 
 def _members(url: str) -> list[RawFile]:
-    with storage.open_file(url) as file:
-        try:
-            names = zipfile.ZipFile(io.BytesIO(file.read()) if not file.seekable() else file).namelist()
-        except zipfile.BadZipFile as error:
-            raise SourceError(f"The archive is broken: {error}.", where=url, remedy="Download it again.") from error
-    return [RawFile(url, n) for n in sorted(names) if not n.endswith("/") and not n.startswith("__MACOSX")]
+    return [RawFile(url, n) for n in sorted(_archive(url)) if not n.endswith("/") and not n.startswith("__MACOSX")]
+
+
+def _archive(url: str) -> dict[str, zipfile.ZipInfo]:
+    """The members of a zip archive, by name."""
+    with storage.open_file(url) as file, _packed(url):
+        whole = file if file.seekable() else io.BytesIO(file.read())
+        with zipfile.ZipFile(whole) as archive:
+            return {member.filename: member for member in archive.infolist()}
+
+
+@contextmanager
+def _packed(place: str) -> Iterator[None]:
+    """What unpacking raises over broken bytes becomes a `SourceError`."""
+    try:
+        yield
+    except (zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError, struct.error) as error:
+        raise SourceError(f"The archive is broken: {error}.", where=place, remedy="Get the file again.") from error
+    except (NotImplementedError, RuntimeError, ValueError, OverflowError, OSError) as error:
+        raise SourceError(
+            f"The archive cannot be read: {error}.", where=place, remedy="Pack it anew, with Deflate and no password."
+        ) from error
+
+
+class _Packed(io.RawIOBase):
+    """The content of something packed, whose errors name the file."""
+
+    def __init__(self, inner: IO[bytes], place: str) -> None:
+        self._inner, self._place = inner, place
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """As what is packed is."""
+        return self._inner.seekable()
+
+    def read(self, size: int | None = -1) -> bytes:
+        """As of any file."""
+        with _packed(self._place):
+            return self._inner.read(-1 if size is None else size)
+
+    def readline(self, size: int | None = -1) -> bytes:
+        """As of any file."""
+        with _packed(self._place):
+            return self._inner.readline(-1 if size is None else size)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """As of any file."""
+        with _packed(self._place):
+            return self._inner.seek(offset, whence)
+
+    def tell(self) -> int:
+        """As of any file."""
+        return self._inner.tell()
+
+    def close(self) -> None:
+        """Closes it."""
+        self._inner.close()
+        super().close()
 
 
 def file_sizes(files: Sequence[RawFile]) -> list[int]:
     """The size of each file in bytes, unpacked from its archive; an archive is opened once."""
-    archives: dict[str, dict[str, int]] = {}
+    archives: dict[str, dict[str, zipfile.ZipInfo]] = {}
     sizes = []
     for file in files:
         if file.member is None:
             sizes.append(storage.size(file.url))
             continue
         if file.url not in archives:
-            with storage.open_file(file.url) as opened, zipfile.ZipFile(opened) as archive:
-                archives[file.url] = {member.filename: member.file_size for member in archive.infolist()}
-        sizes.append(archives[file.url][file.member])
+            archives[file.url] = _archive(file.url)
+        sizes.append(archives[file.url][file.member].file_size)
     return sizes
 
 
@@ -125,8 +195,7 @@ def fingerprints(files: Sequence[RawFile]) -> list[str]:
     for file in files:
         if file.member is not None:
             if file.url not in archives:
-                with storage.open_file(file.url) as opened, zipfile.ZipFile(opened) as archive:
-                    archives[file.url] = {member.filename: member for member in archive.infolist()}
+                archives[file.url] = _archive(file.url)
             member = archives[file.url][file.member]
             result.append(f"{member.file_size} bytes, crc32 {member.CRC:08x}")
             continue

@@ -187,6 +187,16 @@ def _release_100k(ratings: RawFile, files: list[RawFile], config: PrepareConfig)
     checks = {"key": Check.KEY, "title": Check.TEXT, "date": Check.TEXT} | dict.fromkeys(GENRES_100K, Check.TEXT)
     films, people = _needed(files, "u.item", ratings), _needed(files, "u.user", ratings)
     raw = read_whole(films, Layout(checks, columns, "|", False, "latin-1"), config.skip_bad_rows)
+    for genre in GENRES_100K:
+        known = pc.fill_null(pc.is_in(raw.table[genre], value_set=pa.array(["0", "1"])), False)
+        if not pc.all(known).as_py() and raw.table.num_rows:
+            row = pc.index(known, False).as_py()
+            raise SourceError(
+                "A genre's flag is neither 0 nor 1.",
+                where=f"{films.place}: item {raw.table['key'][row]}, {genre}",
+                got=raw.table[genre][row].as_py() or "nothing",
+                remedy="Mend the line.",
+            )
     flags = np.stack([pc.equal(raw.table[g], "1").to_numpy() for g in GENRES_100K], axis=1)
     offsets = np.concatenate([[0], flags.sum(axis=1).cumsum()]).astype(np.int32)
     words = pa.array(GENRES_100K).take(pa.array(np.nonzero(flags)[1]))
@@ -335,7 +345,11 @@ def _with_extras(items: pa.Table, path: str) -> tuple[pa.Table, RawFile]:
         raise SourceError("No movies_extrainfos.dat is here.", where=path, remedy="Check `prepare.extras`.")
     keys, years, certificates, directors, actors = [], [], [], [], []
     # A few thousand lines, once; the plot may hold the delimiter, but what is read here stands before it.
-    for number, line in enumerate(file.read().decode("utf-8").splitlines(), 1):
+    try:
+        text = file.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise SourceError(f"The file is not UTF-8: {error}.", where=file.place, remedy="Get the file again.") from error
+    for number, line in enumerate(text.splitlines(), 1):
         parts_ = line.split("::")
         if len(parts_) < 9:
             raise SourceError(

@@ -65,6 +65,7 @@ class RatingsChunk:
         match = pc.extract_regex(rows, r"^(?P<user>[^,]+),(?P<rating>[^,]+),(?P<date>[^,]+)$")
         user, rating, date = (pc.struct_field(match, i) for i in range(3))
         shapeless = _bool(pc.is_null(match)) | _bool(pc.is_null(of_row))
+        shapeless |= _bool(pc.match_substring(rows, "\ufffd"))  # stands for bytes that are no text
         wrong_rating, wrong_date = text_of(rating, self.check), text_of(date, Check.TIME)
         bad = shapeless | wrong_rating | wrong_date
         if bad.any() and not self.skip_bad:

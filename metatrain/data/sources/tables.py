@@ -13,15 +13,19 @@ import pyarrow.json as pajson
 import pyarrow.parquet as pq
 
 from metatrain.config import FeatureSource
+from metatrain.data.parquet import open_parquet
 from metatrain.data.sources.checks import Check, bad_values, parsed, text_of
 from metatrain.data.sources.features import feature_check, feature_column
 from metatrain.data.sources.files import RawFile, table_format
 from metatrain.data.sources.rawlog import Rows
 from metatrain.data.sources.text import TextPart, missing_column
+from metatrain.documents import parse_json
 from metatrain.errors import SourceError
 
 _BATCH_ROWS = 1 << 18
 _BLOCK_BYTES = 8 << 20
+#: Bytes of a line that may hold thousands of lists inside one another.
+_LONG_LINE = 4096
 
 
 @dataclass(frozen=True)
@@ -164,6 +168,8 @@ class TablePart:
 
     def _json_block(self, block: bytes, first: int) -> tuple[Rows, set[str]]:
         try:
+            if not _plain_lines(block):
+                raise pa.ArrowInvalid("lines that pyarrow does not take")
             table = pajson.read_json(pa.BufferReader(block), read_options=pajson.ReadOptions(block_size=len(block) + 1))
             if table.num_rows != block.count(b"\n") + (not block.endswith(b"\n")):
                 raise pa.ArrowInvalid("rows are not lines")
@@ -179,11 +185,11 @@ class TablePart:
     def _json_slowly(self, block: bytes, first: int) -> tuple[pa.Table, np.ndarray, int]:
         """Line by line: only for a block with a bad line, or with values of differing types."""
         rows, numbers, bad = [], [], 0
-        for number, line in enumerate(block.splitlines(), first):
+        for number, line in enumerate(block.split(b"\n"), first):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = parse_json(line)
                 if not isinstance(row, dict):
                     raise ValueError("not an object")
             except ValueError as error:
@@ -206,10 +212,31 @@ class TablePart:
         return pa.table(columns or {"": pa.nulls(len(rows))}), np.array(numbers, dtype=np.int64), bad
 
 
+def _plain_lines(block: bytes) -> bool:
+    """Whether a block is text, all its lines begin as objects, and none is long enough to be nested deeply.
+
+    pyarrow's reader of JSON (26) ends the process on a line `null` at the beginning and on lists in lists by the
+    thousand, and takes a line `null` further down for an object without values.
+    """
+    if not block.isascii():
+        try:
+            block.decode("utf-8")  # pyarrow takes names of columns as they are
+        except UnicodeDecodeError:
+            return False
+    content = np.frombuffer(block, np.uint8)
+    ends = np.flatnonzero(content == ord("\n"))
+    starts = np.concatenate([[0], ends + 1])
+    first = content[starts[starts < len(content)]]
+    longest = int(np.diff(np.append(starts, len(content))).max())
+    return bool(np.isin(first, np.frombuffer(b"{\r\n", np.uint8)).all()) and (
+        longest < _LONG_LINE or max(block.count(b"["), block.count(b"{")) < _LONG_LINE // 2
+    )
+
+
 def _inferred(values: list) -> pa.Array:
     try:
         return pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError):
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
         return pa.array(
             [None if v is None else v if isinstance(v, str) else json.dumps(v) for v in values], type=pa.string()
         )
@@ -242,8 +269,8 @@ def opened_parquet(file: RawFile, raw) -> pq.ParquetFile:
         SourceError: It is truncated, or not Parquet.
     """
     try:
-        return pq.ParquetFile(raw)
-    except (pa.ArrowInvalid, OSError) as error:
+        return open_parquet(raw)
+    except (pa.ArrowException, OSError) as error:
         raise SourceError(
             f"Not a whole Parquet file: {error}.", where=file.place, remedy="Get the file again."
         ) from error

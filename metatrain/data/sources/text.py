@@ -190,10 +190,24 @@ def read_whole(file: RawFile, layout: Layout, skip_bad: bool) -> Rows:
 
 
 def _header(file: IO[bytes], layout: Layout, source: RawFile) -> list[str]:
-    line = file.readline().decode(layout.encoding).lstrip("\ufeff").rstrip("\r\n")
-    if not line:
-        raise SourceError("The file is empty: it has no header.", where=source.place, remedy="Check the file.")
-    return next(csv.reader(io.StringIO(line), delimiter=layout.delimiter))
+    raw = file.readline()
+    try:
+        line = raw.decode(layout.encoding).lstrip("\ufeff").rstrip("\r\n")
+        if not line:
+            raise SourceError("The file is empty: it has no header.", where=source.place, remedy="Check the file.")
+        names = next(csv.reader(io.StringIO(line), delimiter=layout.delimiter))
+    except (UnicodeDecodeError, csv.Error, StopIteration) as error:
+        raise SourceError(
+            f"The header cannot be read: {error}.",
+            where=f"{source.place}: line 1",
+            got=raw[:200].decode("utf-8", "replace"),
+            remedy="Mend the header.",
+        ) from error
+    if twice := [name for name in layout.checks if names.count(name) > 1]:
+        raise SourceError(
+            "A column is there twice.", where=f"{source.place}: line 1", got=twice[0], remedy="Name each column once."
+        )
+    return names
 
 
 def _lines(file: IO[bytes], position: int, stop: int | None) -> bytes:

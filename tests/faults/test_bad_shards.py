@@ -1,0 +1,114 @@
+"""A shard that goes bad in mid-run: the run goes on without it from its last checkpoint, and that can be done again."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from metatrain.checkpoint import read_marker
+from metatrain.config import Config
+from metatrain.data.dataset import TaskDataset
+from metatrain.data.manifest import Shard, Split, read_manifest
+from metatrain.data.plan import EpochPlan
+from metatrain.data.quarantine import read_quarantine
+from metatrain.data.shards import row_groups
+from metatrain.errors import CheckpointError, ShardError
+from metatrain.train.launch import launch
+from tests.data.tiny_dataset import write_tiny_dataset
+from tests.train.runs import assert_equal_states, curve, final_state, recipe
+
+pytestmark = [pytest.mark.timeout(500), pytest.mark.usefixtures("ray_session")]
+
+SETTINGS = {"shards": 16, "users": 480, "validation": 20}
+
+
+def late_row_group(url: str, config: Config) -> tuple[Shard, int, int]:
+    """A shard, the place in it of its row group that is read last in the first epoch, and the step that wants it."""
+    shards = read_manifest(url).of(Split.TRAIN)
+    data = config.data
+    plan = EpochPlan(
+        row_groups(shards),
+        seed=config.train.seed,
+        epoch=0,
+        lanes=data.lanes,
+        tasks_per_step=data.tasks_per_step,
+        window=data.shuffle_row_groups,
+    )
+    group = int(plan.window_tasks(0, plan.windows(0) - 1).row_groups[0])
+    first = np.cumsum([0, *(len(s.row_groups) for s in shards)])
+    number = int(np.searchsorted(first, group, side="right")) - 1
+    return shards[number], group - int(first[number]), plan.steps
+
+
+def garble(url: str, shard: Shard, group: int) -> None:
+    """Flips a byte of the row group's labels: the file's size, footer and other row groups stay."""
+    path = Path(url) / shard.path
+    of_group = pq.ParquetFile(path).metadata.row_group(group)
+    chunk = next(c for c in map(of_group.column, range(of_group.num_columns)) if c.path_in_schema.startswith("labels"))
+    content = bytearray(path.read_bytes())
+    content[chunk.data_page_offset + chunk.total_compressed_size - 1] ^= 0xFF
+    path.write_bytes(content)
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> str:
+    url = str(tmp_path / "dataset")
+    write_tiny_dataset(url, **SETTINGS)
+    return url
+
+
+def make_recipe(url: str, tmp_path: Path, name: str, **data: object) -> Config:
+    config = recipe(url, str(tmp_path / "runs"), name, {"workers": 1, "epochs": 2, "validate_every": 0})
+    return config.model_copy(update={"data": config.data.model_copy(update=data)})
+
+
+def test_a_run_goes_on_without_the_shard_and_does_so_again_bit_for_bit(dataset: str, tmp_path: Path):
+    whole = str(tmp_path / "whole")
+    shutil.copytree(dataset, whole)
+    config = make_recipe(dataset, tmp_path, "found", bad_shards="quarantine")
+    shard, group, steps = late_row_group(dataset, config)
+    garble(dataset, shard, group)
+    launch(config)
+    found = read_quarantine(config.run_url, TaskDataset.open(dataset))
+    [entry] = found.shards
+    assert (entry.path, entry.tasks, entry.events) == (shard.path, shard.tasks, shard.events)
+    # Found when its window was wanted, and not before: the run went on from a checkpoint.
+    assert 0 < entry.since_step < steps
+    last = read_marker(config.run_url, 2 * steps)
+    assert last.loop["quarantined"] == [shard.path]
+    skipped, trained = curve(config, "health/skipped_tasks"), curve(config, "learning/loss_after")
+    assert sorted(trained) == list(range(1, 2 * steps + 1))
+    assert sum(skipped[step] for step in range(steps + 1, 2 * steps + 1)) >= shard.tasks
+    events = EventAccumulator(str(Path(config.run_url) / "tensorboard"))
+    events.Reload()
+    assert any("quarantine" in tag for tag in events.Tags()["tensors"])
+
+    # Again, from the list alone, over a dataset that is whole: steps before with the shard, those after without it.
+    again = make_recipe(whole, tmp_path, "again", bad_shards="stop")
+    launch(again.model_copy(update={"train": again.train.model_copy(update={"max_steps": entry.since_step})}))
+    shutil.copy(Path(config.run_url) / "quarantine.json", again.run_url)
+    launch(again)
+    assert_equal_states(final_state(config), final_state(again))
+    assert curve(again, "learning/loss_after") == trained
+
+    # What was trained without it cannot go on with it.
+    (Path(again.run_url) / "quarantine.json").unlink()
+    with pytest.raises(CheckpointError, match="may only grow"):
+        launch(again)
+
+
+def test_by_default_the_run_stops_with_the_shards_name(dataset: str, tmp_path: Path):
+    config = make_recipe(dataset, tmp_path, "stops")
+    shard, group, _ = late_row_group(dataset, config)
+    garble(dataset, shard, group)
+    with pytest.raises(ShardError) as caught:
+        launch(config)
+    assert caught.value.path == shard.path
+    assert shard.path in str(caught.value.where)
+    assert "data.bad_shards: quarantine" in str(caught.value)
+    assert not (Path(config.run_url) / "quarantine.json").exists()
