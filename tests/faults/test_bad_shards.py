@@ -18,6 +18,7 @@ from metatrain.data.plan import EpochPlan
 from metatrain.data.quarantine import read_quarantine
 from metatrain.data.shards import row_groups
 from metatrain.errors import CheckpointError, ShardError
+from metatrain.train.audit import audit
 from metatrain.train.launch import launch
 from tests.data.tiny_dataset import write_tiny_dataset
 from tests.train.runs import assert_equal_states, curve, final_state, recipe
@@ -63,7 +64,7 @@ def dataset(tmp_path: Path) -> str:
 
 
 def make_recipe(url: str, tmp_path: Path, name: str, **data: object) -> Config:
-    config = recipe(url, str(tmp_path / "runs"), name, {"workers": 1, "epochs": 2, "validate_every": 0})
+    config = recipe(url, str(tmp_path / "runs"), name, {"workers": 1, "epochs": 2, "validate_every": 0, "audit": True})
     return config.model_copy(update={"data": config.data.model_copy(update=data)})
 
 
@@ -84,6 +85,9 @@ def test_a_run_goes_on_without_the_shard_and_does_so_again_bit_for_bit(dataset: 
     skipped, trained = curve(config, "health/skipped_tasks"), curve(config, "learning/loss_after")
     assert sorted(trained) == list(range(1, 2 * steps + 1))
     assert sum(skipped[step] for step in range(steps + 1, 2 * steps + 1)) >= shard.tasks
+    report = audit(config.run_url)
+    assert report.exactly_once, str(report)
+    assert report.whole_epochs == [0, 1]
     events = EventAccumulator(str(Path(config.run_url) / "tensorboard"))
     events.Reload()
     assert any("quarantine" in tag for tag in events.Tags()["tensors"])
