@@ -60,6 +60,6 @@ def test_hanging_workers_are_named_and_the_group_starts_again_as_often_as_is_all
     assert "rank 0 " in said[1]
     assert "no sign of life for" in said[1]  # so its step is that of its last one
     assert "rank 0 " in str(caught.value)
-    assert committed_steps(config.run_url)[-1] == 40
+    assert committed_steps(config.run_url)[-1] in (35, 40)  # the last one was being written when rank 0 stopped
     launch(config, work=work)
     assert sorted(curve(config, "learning/loss_after")) == list(range(1, STEPS + 1))
