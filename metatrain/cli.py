@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal, TypeVar
@@ -26,6 +29,8 @@ USAGE = f"""metatrain {__version__}: meta-train recommenders that adapt to a new
   metatrain compare BOARD.yaml --out FOLDER   train and judge several methods alike: a leaderboard
   metatrain replay RUN                        where the step that a run ended on stops being finite
   metatrain recommend RUN --events FILE       adapt to events, rank the catalogue
+  metatrain board RUN…                        TensorBoard: curves, settings, items, of one run or several
+  metatrain status RUN [--watch]              a run's progress, rate, last checkpoint and faults
   metatrain checkpoints RUN                   what a run has saved: list, verify, compare, prune, remove
   metatrain submit RECIPE.yaml --address URL  train it on a Ray cluster, as a job; the same again goes on
   metatrain job list|status|logs|stop [ID]    the jobs of a cluster
@@ -183,6 +188,29 @@ class CheckpointsArguments:
     """Steps of two checkpoints: which fields of the configuration differ, and how much each tensor does."""
 
 
+@dataclass(frozen=True)
+class BoardArguments:
+    """Opens TensorBoard on runs: their folders, recipes or URLs. What lies on an object store is copied to this
+    machine, and kept up to date."""
+
+    host: str = "127.0.0.1"
+    """The address to listen at. TensorBoard asks for no password: by default only this machine reaches it."""
+    port: int | None = None
+    """The port; 0 for any that is free. Default: 6006, or the first free one above."""
+
+
+@dataclass(frozen=True)
+class StatusArguments:
+    """Shows what a run is doing: progress, rate, time left, the last checkpoint, faults, and whether it is alive."""
+
+    watch: bool = False
+    """Show it again and again, until the run is over."""
+    seconds: float = 5.0
+    """Between two looks, with `--watch`."""
+    format: Literal["text", "json"] = "text"
+    """Lines for people, or the JSON that the run publishes."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The `metatrain` command; exits with 2 after an error that the user can mend."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -196,6 +224,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "compare": _compare,
         "replay": _replay,
         "recommend": _recommend,
+        "board": _board,
+        "status": _status,
         "checkpoints": _checkpoints,
         "submit": _submit,
         "job": _job,
@@ -293,7 +323,7 @@ def _train(given: list[str]) -> None:
         lost = read_quarantine(options.recipe.run_url, TaskDataset.open(options.recipe.data.dataset)).told()
         print(f"  {lost}")
     print(f"  metatrain evaluate {options.recipe.run_url}")
-    print(f"  tensorboard --logdir {storage.join(options.recipe.run_url, 'tensorboard')}")
+    print(f"  metatrain board {options.recipe.run_url}")
 
 
 def _submit(given: list[str]) -> None:
@@ -454,6 +484,34 @@ def _checkpoints(given: list[str]) -> None:
     print(listing.table(lines))
     if options.verify and any(line.broken for line in lines):
         sys.exit(2)
+
+
+def _board(given: list[str]) -> None:
+    _subject(given, "board", "RUNs (their folders, or their recipes)")
+    first = next((n for n, text in enumerate(given) if text.startswith("-")), len(given))
+    options = _parse(BoardArguments, BoardArguments(), given[first:], "board RUN…")
+    from metatrain.observe.board import Boards
+
+    with contextlib.closing(Boards([_run_url(run) for run in given[:first]], options.host, options.port)) as boards:
+        print(f"TensorBoard: {boards.url}  (ends with Ctrl-C)", flush=True)
+        threading.Event().wait()
+
+
+def _status(given: list[str]) -> None:
+    subject, rest = _subject(given, "status", "a RUN (its folder, or its recipe)")
+    options = _parse(StatusArguments, StatusArguments(), rest, "status RUN")
+    from metatrain.observe.status import read_status
+    from metatrain.observe.status_text import alive, rendered
+
+    run = _run_url(subject)
+    while True:
+        status = read_status(run)
+        text = status.model_dump_json() if options.format == "json" else rendered(status)
+        # On a terminal in place; elsewhere one after the other.
+        print(f"\033[2J\033[H{text}" if options.watch and sys.stdout.isatty() else text, flush=True)
+        if not options.watch or not alive(status, time.time()):
+            return
+        time.sleep(options.seconds)
 
 
 def _config(given: list[str]) -> None:

@@ -9,7 +9,8 @@ import yaml
 from metatrain.cli import main
 
 COMMANDS = (
-    *("prepare", "verify", "train", "evaluate", "compare", "recommend", "checkpoints", "submit", "job", "config"),
+    *("prepare", "verify", "train", "evaluate", "compare", "recommend", "checkpoints", "board", "status", "submit"),
+    *("job", "config"),
     "doctor",
 )
 
@@ -47,6 +48,9 @@ def test_overrides_reach_the_resolved_configuration(tmp_path, capsys):
         (["recommend", "runs/x"], "--events FILE"),
         (["evaluate", "no/such/run"], "no checkpoint"),
         (["compare"], "needs a leaderboard file"),
+        (["board"], "needs RUNs"),
+        (["board", "no/such/run"], "no curves yet"),
+        (["status", "no/such/run"], "told of no training"),
         (["checkpoints", "no/such/run"], "no such run"),
         (["submit"], "needs a recipe"),
         (["submit", "configs/demo.yaml", "--env", "NAME"], "NAME=VALUE"),

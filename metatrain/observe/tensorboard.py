@@ -13,22 +13,15 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from metatrain import storage
+from metatrain.observe.copies import Upload, board_url
 from metatrain.observe.layout import layout
-from metatrain.observe.upload import Upload
 
 #: How old the curves on the run's storage may be, at most, while training logs.
 SECONDS_BETWEEN_FLUSHES = 10.0
 #: A file is put on an object store whole each time, so there another one is begun at this size.
 BYTES_A_FILE = 4 << 20
-#: Begins the names of all files of events.
-EVENTS = "events.out.tfevents."
 #: Ends the names of those of training, one or more an attempt: FIRST is on an attempt's first.
 FIRST, FURTHER = ".attempt", ".attempt-further"
-
-
-def board_url(run_url: str) -> str:
-    """The folder of a run's TensorBoard."""
-    return storage.join(run_url, "tensorboard")
 
 
 class Board:

@@ -31,13 +31,13 @@ from metatrain.data.quarantine import BadShards, read_quarantine
 from metatrain.errors import ConfigError, MetatrainError, TrainingError
 from metatrain.model.build import build_model
 from metatrain.model.construct import absolute_name
-from metatrain.observe.progress import TrainingProgress
 from metatrain.train.early_stopping import Patience
 from metatrain.train.elastic import Trainer
 from metatrain.train.footprint import check_machine
 from metatrain.train.session import ray_session, worker_cpus
 from metatrain.train.step import open_reader
 from metatrain.train.supervise import Overseer, fatal, group_name, heart, kill_hanging, make_teller
+from metatrain.train.watch import Watch, watching
 from metatrain.train.worker import QUARANTINED, Seat, is_over, last_step, train
 
 log = logging.getLogger("metatrain")
@@ -74,8 +74,8 @@ def launch(config: Config, address: str | None = None, work: Callable[[Config, S
         log.info("this run is trained to its end: %s", config.run_url)
         return
     storage.write_atomic(storage.join(config.run_url, "config.yaml"), to_yaml(config))
-    with ray_session(config, address):
-        shards.spared(lambda: _fit(config, work))
+    with ray_session(config, address), watching(config) as watch:
+        shards.spared(lambda: _fit(config, work, watch))
     if lost := shards.quarantine().told():
         log.warning("%s", lost)
 
@@ -189,7 +189,7 @@ def scaling(config: Config) -> ray.train.ScalingConfig:
     )
 
 
-def _fit(config: Config, work: Callable[[Config, Seat], None]) -> None:
+def _fit(config: Config, work: Callable[[Config, Seat], None], watch: Watch) -> None:
     rules, ranged = config.train, isinstance(config.train.workers, tuple)
     seconds, attempts = (
         (START_SECONDS_OF_A_RANGE, START_ATTEMPTS_OF_A_RANGE) if ranged else (START_SECONDS, START_ATTEMPTS)
@@ -228,7 +228,7 @@ def _fit(config: Config, work: Callable[[Config, Seat], None]) -> None:
     )
     hung: list[str] = []
     try:
-        with _shown(teller, rules.hang_seconds, hung):
+        with _shown(teller, watch, rules.hang_seconds, hung):
             trainer.fit()
     except TrainingFailedError as error:
         if known := fatal(teller):
@@ -244,20 +244,22 @@ def _fit(config: Config, work: Callable[[Config, Seat], None]) -> None:
 
 
 @contextlib.contextmanager
-def _shown(teller: Any, hang_seconds: float, hung: list[str]) -> Iterator[None]:
+def _shown(teller: Any, watch: Watch, hang_seconds: float, hung: list[str]) -> Iterator[None]:
     """Shows the workers' messages while the block runs, and kills those that hang, which come to be in `hung`."""
-    progress, over = TrainingProgress(), threading.Event()
+    over = threading.Event()
 
     def drain() -> None:
         for message in ray.get(teller.drain.remote()):
-            progress.take(message)
+            watch.take(message)
+        watch.tick()
 
     def poll() -> None:
         while not over.wait(0.5):
             drain()
             for worker in kill_hanging(teller, hang_seconds) if hang_seconds else []:
                 hung.append(worker)
-                progress.take({"say": f"a worker hangs and is killed: {worker}"})
+                told = f"a worker hangs and is killed: {worker}"
+                watch.take({"say": told, "fault": told})
 
     thread = threading.Thread(target=poll, name="progress", daemon=True)
     thread.start()
@@ -267,4 +269,3 @@ def _shown(teller: Any, hang_seconds: float, hung: list[str]) -> Iterator[None]:
         over.set()
         thread.join()
         drain()
-        progress.close()

@@ -13,9 +13,10 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.util import tensor_util
 
 from metatrain import storage
-from metatrain.observe import upload
+from metatrain.observe import copies
+from metatrain.observe.copies import board_url
 from metatrain.observe.layout import FINAL, support_names
-from metatrain.observe.tensorboard import FURTHER, Board, board_url
+from metatrain.observe.tensorboard import FURTHER, Board
 
 
 def read(folder: str) -> EventAccumulator:
@@ -97,7 +98,7 @@ def mirrored(url: str, folder: Path) -> str:
 
 
 def test_files_grow_on_a_store_that_cannot_append(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(upload, "SECONDS_BETWEEN_ROUNDS", 0.0)
+    monkeypatch.setattr(copies, "SECONDS_BETWEEN_ROUNDS", 0.0)
     board = Board(store, 0, bytes_a_file=2000)
     for step in range(1, 101):
         board.scalars({"learning/gain": float(step)}, step)
@@ -117,7 +118,7 @@ def test_files_grow_on_a_store_that_cannot_append(store: str, tmp_path: Path, mo
 def test_a_store_that_fails_ends_no_training_and_loses_no_curve(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(upload, "SECONDS_BETWEEN_ROUNDS", 0.0)
+    monkeypatch.setattr(copies, "SECONDS_BETWEEN_ROUNDS", 0.0)
     broken = [True]
     put = storage.write_atomic
 

@@ -1,4 +1,4 @@
-"""A local folder of growing files, kept on an object store by a thread: such stores cannot append."""
+"""A run's board on an object store, which cannot append: put there while it grows, and copied from there to look at."""
 
 from __future__ import annotations
 
@@ -10,8 +10,17 @@ from metatrain import storage
 
 log = logging.getLogger("metatrain")
 
+#: Where a run's board lies in its folder.
+FOLDER = "tensorboard"
+#: Begins the names of files that are appended to, and never changed.
+EVENTS = "events.out.tfevents."
 #: The least time between two rounds: a round puts every file that has grown, whole.
 SECONDS_BETWEEN_ROUNDS = 10.0
+
+
+def board_url(run_url: str) -> str:
+    """The folder of a run's TensorBoard."""
+    return storage.join(run_url, FOLDER)
 
 
 class Upload:
@@ -78,3 +87,34 @@ class Upload:
             return False
         self._failed = False
         return True
+
+
+class Copy:
+    """A local copy of a folder on an object store, brought up to date by `refresh`.
+
+    Files of events grow in place, so that a TensorBoard that has one open reads on; others are replaced whole.
+    """
+
+    def __init__(self, url: str, folder: str) -> None:
+        self._url, self._folder = url, folder
+        self._sizes: dict[str, int] = {}
+        os.makedirs(folder, exist_ok=True)
+
+    def refresh(self) -> int:
+        """Fetches what is new; the number of bytes."""
+        fetched = 0
+        for name, size in storage.file_sizes(self._url).items():
+            grows, have = name.startswith(EVENTS), self._sizes.get(name, 0)
+            if size == have and grows:
+                continue
+            path = os.path.join(self._folder, name)
+            content = storage.read_bytes(storage.join(self._url, name))
+            if grows:
+                with open(path, "ab") as file:
+                    file.write(content[have:])
+            else:
+                storage.write_atomic(path, content)
+            # As long as what was read, which may have grown since it was listed.
+            self._sizes[name] = len(content)
+            fetched += len(content)
+        return fetched
