@@ -16,7 +16,7 @@ import tyro
 from pydantic import ValidationError
 
 from metatrain import __version__, storage
-from metatrain.config import Config, EvaluateConfig, PrepareConfig, explained, load_config, to_yaml
+from metatrain.config import Config, EvaluateConfig, PrepareConfig, explained, load_config, to_yaml, validated
 from metatrain.errors import CheckpointError, ConfigError, MetatrainError
 
 USAGE = f"""metatrain {__version__}: meta-train recommenders that adapt to a new user from a handful of events
@@ -67,6 +67,8 @@ class TrainArguments:
     recipe: Annotated[Config, Flat]
     address: str | None = None
     """A Ray cluster: `auto`, `host:port` or `ray://host:port`. Default: a local Ray, for this run alone."""
+    profile: str | None = None
+    """Steps to profile, `FIRST:END`: `10:15` is five steps. The same as `--train.profile`; see docs/watching.md."""
 
 
 @dataclass(frozen=True)
@@ -312,18 +314,23 @@ def _train(given: list[str]) -> None:
     subject, rest = _subject(given, "train", "a recipe (a YAML file)")
     recipe = load_config(subject) if subject else Config()
     options = _parse(TrainArguments, TrainArguments(recipe), rest, "train RECIPE.yaml")
+    recipe = options.recipe
+    if options.profile is not None:
+        asked = recipe.model_dump()
+        asked["train"]["profile"] = options.profile
+        recipe = validated(asked, where="--profile")
     from metatrain.train.launch import launch
 
-    launch(options.recipe, options.address)
-    print(f"trained: {options.recipe.run_url}")
-    if storage.exists(storage.join(options.recipe.run_url, "quarantine.json")):
+    launch(recipe, options.address)
+    print(f"trained: {recipe.run_url}")
+    if storage.exists(storage.join(recipe.run_url, "quarantine.json")):
         from metatrain.data.dataset import TaskDataset
         from metatrain.data.quarantine import read_quarantine
 
-        lost = read_quarantine(options.recipe.run_url, TaskDataset.open(options.recipe.data.dataset)).told()
+        lost = read_quarantine(recipe.run_url, TaskDataset.open(recipe.data.dataset)).told()
         print(f"  {lost}")
-    print(f"  metatrain evaluate {options.recipe.run_url}")
-    print(f"  metatrain board {options.recipe.run_url}")
+    print(f"  metatrain evaluate {recipe.run_url}")
+    print(f"  metatrain board {recipe.run_url}")
 
 
 def _submit(given: list[str]) -> None:

@@ -470,6 +470,12 @@ class CheckpointConfig(Section):
     Full checkpoints, dense parameters and optimizers' state are always exact."""
 
 
+def profiled_steps(steps: str) -> tuple[int, int]:
+    """The first step of `FIRST:END`, and the one behind the last."""
+    first, _, end = steps.partition(":")
+    return int(first), int(end)
+
+
 class TrainConfig(Section):
     """The outer loop."""
 
@@ -518,6 +524,9 @@ class TrainConfig(Section):
     """Steps between lines in TensorBoard."""
     seed: int = 0
     """Seed of the initial weights and of the epoch plans."""
+    profile: Annotated[str, Field(pattern=r"^\d+:\d+$")] | None = None
+    """Steps to profile, `FIRST:END`: `10:15` is five steps, when ten are done. Each worker writes a trace into
+    RUN/profile/. Default: none."""
     audit: bool = False
     """Whether every rank writes down which tasks it trained in which step, in RUN/audit, a folder on a disk:
     `tools/audit.py RUN` then tells whether the weights have seen every task exactly once an epoch."""
@@ -536,6 +545,14 @@ class TrainConfig(Section):
     def _least_workers_first(self) -> TrainConfig:
         if self.least_workers > self.most_workers:
             raise ValueError(f"workers: min ({self.least_workers}) must be at most max ({self.most_workers})")
+        return self
+
+    @model_validator(mode="after")
+    def _profiles_some_steps(self) -> TrainConfig:
+        if self.profile is not None:
+            first, end = profiled_steps(self.profile)
+            if not 0 < end - first <= 100:
+                raise ValueError(f"profile ({self.profile}) must be of 1 to 100 steps: FIRST:END, such as 10:15")
         return self
 
     @model_validator(mode="after")

@@ -45,6 +45,8 @@ def test_overrides_reach_the_resolved_configuration(tmp_path, capsys):
         (["train"], "needs a recipe"),
         (["train", "none.yaml"], "no such configuration file"),
         (["verify", "no/such/dataset"], "no manifest"),
+        (["train", "configs/demo.yaml", "--profile", "15:10"], "must be of 1 to 100 steps"),
+        (["train", "configs/demo.yaml", "--profile", "ten"], "--profile"),
         (["recommend", "runs/x"], "--events FILE"),
         (["evaluate", "no/such/run"], "no checkpoint"),
         (["compare"], "needs a leaderboard file"),

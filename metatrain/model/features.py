@@ -172,11 +172,8 @@ class Featurizer(nn.Module):
         parts = [torch.zeros(n, 0, device=device)]
         for feature in self._fixed[level]:
             column = columns[feature.name]
-            if feature.kind is Kind.MULTI:
-                assert isinstance(column, Ragged)
-                parts.append(_means(rows[feature.name], column.lengths))
-            elif feature.kind is Kind.CATEGORICAL:
-                parts.append(rows[feature.name])
+            if feature.embedded:
+                parts.append(pooled(column, rows[feature.name]))
             else:
                 assert isinstance(column, Tensor)
                 parts.append(column.to(torch.float32).reshape(n, _width(feature)) * self._numeric_scale)
@@ -248,6 +245,11 @@ class Featurizer(nn.Module):
         events = [length for bucket in where.buckets for length in (bucket.support, bucket.query)]
         of_events = [Slots(*(t.expand(-1, n, -1) for t in of_tasks[i // 2])) for i, n in enumerate(events)]
         return _Adapted(own, of_events, of_tasks)
+
+
+def pooled(column: Column, rows: Tensor) -> Tensor:
+    """The rows of an embedded feature as one vector an entity: of several values their mean."""
+    return _means(rows, column.lengths) if isinstance(column, Ragged) else rows
 
 
 def _width(feature: Feature) -> int:

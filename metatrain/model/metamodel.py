@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,8 @@ from metatrain.data.schema import Kind, Level
 from metatrain.meta.buckets import Bucket
 from metatrain.meta.engine import FastWeights
 from metatrain.meta.episode import Episodes, Examples, Sizes, Slots
-from metatrain.meta.learner import MetaLearner
-from metatrain.model.features import Assembled, Featurizer
+from metatrain.meta.learner import MetaLearner, Represents
+from metatrain.model.features import Assembled, Featurizer, pooled
 from metatrain.model.places import candidate_slots
 from metatrain.model.tables import Held, Request, Tables
 from metatrain.observe.laps import Laps
@@ -211,6 +211,33 @@ class MetaModel(nn.Module):
             own[name] = torch.cat([own[name], rows[name].expand(tasks, -1, -1)], dim=1)
         zeros = x.new_zeros(tasks, count)
         return self.meta.predictions(replace(adapted.fast, rows=own), Examples(x, slots, zeros, torch.ones_like(zeros)))
+
+    @torch.no_grad()
+    def item_vectors(self, item_features: Mapping[str, Column]) -> Tensor:
+        """Items as the base learner represents them, about a task and a context unknown: [C, H].
+
+        Of a base learner that has no `represent`, the items' part of its inputs. Where the tables are sharded all ranks
+        must call it, if only with no items.
+
+        Args:
+            item_features: The items' features as tensors, C of each.
+        """
+        featurizer, learner = self.featurizer, self.meta.learner
+        features = [f for f in featurizer.features if f.level is Level.ITEM]
+        columns = {f.name: item_features[f.name] for f in features}
+        embedded = {f.name: columns[f.name] for f in features if f.embedded}
+        rows = self.tables({name: c.values if isinstance(c, Ragged) else c for name, c in embedded.items()})
+        count = _count(columns) if columns else 0
+        if not count:
+            return torch.zeros(0, 0)
+        item_x = featurizer.vectors(Level.ITEM, columns, rows, count)
+        adapted = [pooled(columns[name], rows[name]) for name, f in featurizer.adapted.items() if f.level is Level.ITEM]
+        of_item = torch.cat([item_x, *adapted], dim=-1)
+        if not hasattr(learner, "represent"):
+            return of_item
+        x = item_x.new_zeros(count, featurizer.width)
+        x[:, featurizer.layout.of("item").to(x.device)] = of_item
+        return cast(Represents, learner).represent(x)
 
     def _buckets(self, batch: TaskBatch) -> list[Bucket]:
         return self.meta.buckets(

@@ -36,7 +36,7 @@ class Upload:
     def __init__(self, folder: str, url: str) -> None:
         self._folder, self._url = folder, url
         self._ended: set[str] = set()
-        self._sizes: dict[str, int] = {}  # as they are on the store
+        self._put: dict[str, tuple[int, int]] = {}  # size and time of change of what is on the store
         self._asked, self._over = threading.Event(), threading.Event()
         self._failed = False
         self._thread = threading.Thread(target=self._rounds, name="tensorboard-upload", daemon=True)
@@ -72,12 +72,15 @@ class Upload:
         ended = set(self._ended)  # as it is before the files are read
         try:
             for name in sorted(os.listdir(self._folder)):
+                if storage.published_name(name) != name:
+                    continue  # half written
                 path = os.path.join(self._folder, name)
                 with open(path, "rb") as file:
-                    content = file.read()
-                if len(content) != self._sizes.get(name):
-                    storage.write_atomic(storage.join(self._url, name), content)
-                    self._sizes[name] = len(content)
+                    found = os.fstat(file.fileno())
+                    change = (found.st_size, found.st_mtime_ns)
+                    if change != self._put.get(name):
+                        storage.write_atomic(storage.join(self._url, name), file.read())
+                        self._put[name] = change
                 if name in ended:
                     os.unlink(path)
         except Exception as error:  # whatever a store's own package raises

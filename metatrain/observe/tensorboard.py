@@ -85,7 +85,9 @@ class Board:
 
     def file(self, name: str, content: str) -> None:
         """A file beside the events, replaced whole: of the projector."""
-        storage.write_atomic(storage.join(self._url, name), content)
+        storage.write_atomic(os.path.join(self._folder, name), content)
+        if self._upload is not None:
+            self._upload.soon()
 
     def flush(self) -> None:
         """Makes what was written visible; on an object store soon, since a thread puts it there."""

@@ -1,7 +1,7 @@
 """What a run tells while it trains: curves and texts to TensorBoard, messages to the command that launched it.
 
-All of it is of rank 0: on the others nothing happens. No other rank is asked, and no device waited for, that the line
-of the curves did not need already.
+All of it is of rank 0: on the others nothing happens. But for `items`, no other rank is asked, and no device waited for
+that the line of the curves did not need already.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from metatrain.config import Config
 from metatrain.data.dataset import TaskDataset
 from metatrain.model.metamodel import MetaModel
 from metatrain.model.sharding import Distributed
+from metatrain.observe import projector
 from metatrain.observe.layout import FINAL
 from metatrain.observe.tensorboard import Board
+from metatrain.train.item_vectors import item_vectors
 from metatrain.train.run_text import settings, write_texts
 
 if TYPE_CHECKING:
@@ -37,13 +39,14 @@ class RunRecord:
     """
 
     def __init__(self, config: Config, seat: Seat, dataset: TaskDataset, distributed: Distributed, step: int) -> None:
-        self._tell = seat.tell
+        self._tell, self._rank, self._device = seat.tell, seat.rank, seat.device
+        self._model, self._dataset = cast(MetaModel, distributed.model), dataset
         self._board = Board(config.run_url, step) if seat.rank == 0 else None
         self._dense: list[nn.Parameter] = list(distributed.dense_parameters().values())
         self._line_at, self._tasks, self._seconds = step, 0.0, 0.0
         self._final: dict[str, float] = {}
         if self._board is not None:
-            self._board.layout(cast(MetaModel, distributed.model).meta.curves())
+            self._board.layout(self._model.meta.curves())
             self._board.hparams(settings(config, dataset), FINAL)
             write_texts(self._board, config, dataset, distributed)
 
@@ -79,6 +82,13 @@ class RunRecord:
         self._board.scalars(curves | {"validation/best_loss": best}, step)
         self._final |= {"final/validation_loss": best, "final/validation_gain": before - after}
         self._tell({"step": step, "steps": of, "validation_loss": after, "best": improved})
+
+    def items(self) -> None:
+        """Shows the items as the model sees them now. All ranks call it together."""
+        vectors, known = item_vectors(self._model, self._dataset, self._device, self._rank)
+        if self._board is not None and len(vectors):
+            for name, content in projector.files(vectors, known).items():
+                self._board.file(name, content)
 
     def saving(self, step: int, metrics: Mapping[str, float], seconds: float) -> None:
         """A checkpoint has begun to be written, for which training stood still for some seconds."""

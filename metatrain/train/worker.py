@@ -36,6 +36,7 @@ from metatrain.train.footprint import workers_plan
 from metatrain.train.guard import Guard
 from metatrain.train.not_finite import BadStep, as_error, coordinates, keep
 from metatrain.train.outer import DenseOptimizer
+from metatrain.train.profile import Profile
 from metatrain.train.pulse import Asked, Pulse
 from metatrain.train.run_record import RunRecord
 from metatrain.train.step import OuterLoop, open_reader, validation_losses
@@ -134,6 +135,9 @@ class Training:
             self.distributed, self.optimizer, config, self.last, seat.world_size, self.laps, self.pulse, self.guard
         )
         self.record = RunRecord(config, seat, self.dataset, self.distributed, self.cursor.total)
+        self.profile = Profile(
+            config, seat.rank, self.model, self.pulse, seat.device, lambda what: seat.tell({"say": what})
+        )
         self.audit: AuditLog | None = None
         if config.train.audit:
             attempt = next_attempt(config.run_url)
@@ -145,6 +149,7 @@ class Training:
         while not self._over():
             epoch, due = self.cursor.epoch, False
             self.laps.lap("rest")
+            self.profile.at(self.cursor.total)
             self.pulse.enter("read", self.cursor.total)
             for batch, following in _with_next(self._batches(epoch)):
                 goes_on = self.cursor.total + 1 < self.last
@@ -172,12 +177,16 @@ class Training:
                 elif due:
                     self._save()
                 self.laps.lap("rest")
+                self.profile.at(self.cursor.total)
                 self.pulse.enter("read", self.cursor.total)
             if self.cursor.step == self.steps_of[epoch]:
                 self.cursor = Cursor(epoch=epoch + 1, step=0, total=self.cursor.total)
             metrics, improved = self._validate()
+            if improved or (self._over() and not metrics):
+                self.record.items()
             if improved or due or self._over():
                 self._save(metrics)
+        self.profile.end(self.cursor.total)
         self.pulse.enter("checkpoint", self.cursor.total)
         self.saver.wait()
         self.record.end(self.cursor.total)

@@ -33,6 +33,13 @@ def recipe(dataset: str, storage_url: str, name: str, train: dict[str, Any] | No
     return validated(raw, where=name)
 
 
+def tags(config: Config) -> set[str]:
+    """The names of the run's curves."""
+    events = EventAccumulator(storage.join(config.run_url, "tensorboard"), size_guidance={"scalars": 1})
+    events.Reload()
+    return set(events.Tags()["scalars"])
+
+
 def curve(config: Config, tag: str) -> dict[int, float]:
     """A curve of the run's TensorBoard, as TensorBoard itself would show it: step → value."""
     events = EventAccumulator(storage.join(config.run_url, "tensorboard"), size_guidance={"scalars": 0})

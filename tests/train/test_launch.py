@@ -10,10 +10,14 @@ import pytest
 from metatrain.checkpoint import best_step, committed_steps, read_marker
 from metatrain.config import Config
 from metatrain.errors import CheckpointError, ConfigError, DatasetError
+from metatrain.observe import projector
+from metatrain.observe.copies import board_url
+from metatrain.observe.layout import FINAL, support_names
+from metatrain.observe.status import read_status
 from metatrain.train import launch as launching
 from metatrain.train.launch import check, launch
 from tests.data.tiny_dataset import write_tiny_dataset
-from tests.train.runs import assert_equal_states, curve, final_state, recipe
+from tests.train.runs import assert_equal_states, curve, final_state, recipe, tags
 
 pytestmark = pytest.mark.ray
 
@@ -69,6 +73,9 @@ def test_a_run_goes_on_at_another_number_of_workers_as_if_never_stopped(one_work
     launch(grown)
     assert read_marker(grown.run_url, 40).world_size == 2
     assert read_marker(grown.run_url, 100).world_size == 1
+    restarts = curve(grown, "speed/restarts")
+    assert {step: restarts[step] for step in (40, 41)} == {40: 0.0, 41: 1.0}
+    assert read_status(grown.run_url).restarts == 1
     assert_equal_runs(one_worker, grown)
 
 
@@ -85,6 +92,26 @@ def test_training_learns_validates_and_keeps_the_checkpoints_it_should(one_worke
     # Every 5 steps or, where an epoch's end came first, there; and never a step twice.
     assert all(later - earlier <= 5 for earlier, later in itertools.pairwise([0, *steps]))
     assert read_marker(one_worker.run_url, best).metrics["validation_loss"] == pytest.approx(validation[best], rel=1e-6)
+
+
+def test_a_run_leaves_a_status_and_a_board_that_say_what_it_was(one_worker: Config) -> None:
+    status = read_status(one_worker.run_url)
+    assert (status.state, status.step, status.steps, status.workers) == ("finished", 100, 100, 1)
+    assert (status.checkpoint_step, status.restarts, status.faults) == (100, 0, ())
+    assert status.best_loss == pytest.approx(min(curve(one_worker, "validation/loss_after").values()), rel=1e-6)
+    for tag in FINAL:
+        assert list(curve(one_worker, tag)) == [100], tag
+    assert curve(one_worker, "final/validation_loss")[100] == pytest.approx(status.best_loss, rel=1e-6)
+    assert set(curve(one_worker, "speed/restarts").values()) == {0.0}
+    assert {f"gain_by_support/{name}" for name in support_names()} > {
+        tag for tag in tags(one_worker) if tag.startswith("gain_by_support/")
+    }
+    assert {"health/clipped_share", "health/row_norm", "speed/memory_gib", "speed/checkpoint_seconds"} <= tags(
+        one_worker
+    )
+    board = Path(board_url(one_worker.run_url))
+    assert [path.name for path in board.iterdir() if path.is_dir()] == [], "a folder would be another run"
+    assert {projector.CONFIG, projector.VECTORS, projector.METADATA} <= {path.name for path in board.iterdir()}
 
 
 def test_a_finished_run_starts_no_worker(one_worker: Config, monkeypatch: pytest.MonkeyPatch) -> None:
