@@ -46,7 +46,7 @@ def main() -> None:
     print(f"\nUser {user} is a test user: no event of theirs was seen in training.")
     run("recommend", RECIPE, "--user", user, "--top", "10", "--min_events", "20")
     print(f"\nAll done in {time.monotonic() - start:.0f} s. The curves of training:")
-    print(f"  .venv/bin/tensorboard --logdir {config.run_url}/tensorboard")
+    print(f"  .venv/bin/metatrain board {RECIPE}")
     print(f"The table and the plot: {config.run_url}/evaluation.json, {config.run_url}/evaluation.png")
 
 
