@@ -44,6 +44,7 @@ _CHARTS: dict[str, dict[str, str]] = {
         "norm of a row": "health/row_norm$",
         "rows touched a step": "health/rows_touched$",
         "tasks skipped: too few events": "health/skipped_tasks$",
+        "steps skipped: not finite": "health/skipped_steps$",
         "outer learning rates": "rates/(outer|tables)$",
         "learned inner rates": "rates/inner ",
         "what the method learned": "meta/",

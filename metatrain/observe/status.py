@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import socket
 import time
@@ -176,8 +177,9 @@ class StatusFile:
         self._write(self._clock())
 
     def _line(self, message: dict[str, Any], now: float) -> None:
-        curves = {name: value for name, value in message.items() if "/" in name}
-        seconds = curves["speed/step_seconds"]
+        # JSON has no number that is not finite; a loss is none where all steps of a line were skipped.
+        curves = {name: value for name, value in message.items() if "/" in name and math.isfinite(value)}
+        seconds = message["speed/step_seconds"]
         smoothed = self.status.step_seconds
         self._set(
             state="training",

@@ -27,8 +27,11 @@ def rendered(status: RunStatus, now: float | None = None) -> str:
         shares = {name.removeprefix("time/"): v for name, v in curves.items() if name.startswith("time/")}
         most = sorted(shares, key=lambda name: -shares[name])[:3]
         lines.append(("time goes to", ", ".join(f"{name.replace('_', ' ')} {shares[name]:.0%}" for name in most)))
-        before, after = curves["learning/loss_before"], curves["learning/loss_after"]
-        lines.append(("query loss", f"{before:.4f} before adaptation, {after:.4f} after: gain {before - after:.4f}"))
+        before, after = curves.get("learning/loss_before"), curves.get("learning/loss_after")
+        if before is not None and after is not None:
+            lines.append(
+                ("query loss", f"{before:.4f} before adaptation, {after:.4f} after: gain {before - after:.4f}")
+            )
     if status.validation_loss is not None:
         best = "" if status.best_loss is None else f"; best {status.best_loss:.4f} at step {status.best_step:,}"
         lines.append(("validation", f"loss {status.validation_loss:.4f} at step {status.validation_step:,}{best}"))

@@ -68,7 +68,7 @@ def test_a_running_run_tells_progress_rate_and_time_left(tmp_path: Path) -> None
     assert "60%  step 60 of 100, epoch 2 of 4" in shown
     assert "128 tasks/s, 1,500.0 ms a step; 32 s left" in shown
     assert "inner loop 50%, wait 25%, backward 20%" in shown
-    assert "0.9000 before adaptation, 0.8000 after: gain 0.1000" in shown
+    assert "0.9000 before adaptation, 0.8000 after" in shown
     assert "step 40, 23 s ago, took 1.5 s, validation loss 0.8500" in shown
     assert "2; started again never" in shown
 
@@ -130,6 +130,15 @@ def test_restarts_and_faults_outlive_the_command(tmp_path: Path) -> None:
     assert status.checkpoint_step == 40, "what is known of the run before this command"
     assert "finished 5 s ago" in rendered(status, clock.now + 5)
     assert "started again twice" in rendered(status, clock.now)
+
+
+def test_a_line_whose_steps_were_all_skipped_is_told_without_a_loss(tmp_path: Path) -> None:
+    clock = Clock()
+    file = trained(str(tmp_path), clock)
+    file.take({**line(70), "learning/loss_before": float("nan"), "learning/loss_after": float("nan")})
+    clock.now += 10
+    file.tick()
+    assert "query loss" not in rendered(read_status(str(tmp_path)), clock.now)
 
 
 def test_faults_are_bounded(tmp_path: Path) -> None:
