@@ -39,7 +39,7 @@ def watching(config: Config) -> Iterator[Watch]:
     watch = Watch(config)
     try:
         yield watch
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # Ctrl-C, or a signal that asks the command to end
         watch.status.end("interrupted")
         raise
     except BaseException as error:
