@@ -78,6 +78,8 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._writer: Writer | None = None
         self._error: BaseException | None = None
+        #: The step of the checkpoint that was committed last; None before the first.
+        self.committed: int | None = None
 
     def save(
         self,
@@ -163,6 +165,7 @@ class Saver:
             dcp.save(state, storage_writer=writer, planner=planner, process_group=self._group)
             contents = writer.committed.contents if writer.committed else ""  # rank 0 alone writes it down
             self._base = base or Base(step=writer.step, contents=contents, number=0)
+            self.committed = writer.step
             if self._rank == 0:
                 self._prune()
         except BaseException as error:

@@ -45,6 +45,7 @@ class RunRecord:
         self._dense: list[nn.Parameter] = list(distributed.dense_parameters().values())
         self._line_at, self._tasks, self._seconds = step, 0.0, 0.0
         self._final: dict[str, float] = {}
+        self._pending: list[dict[str, Any]] = []  # messages of checkpoints that are not known to be whole
         if self._board is not None:
             self._board.layout(self._model.meta.curves())
             self._board.hparams(settings(config, dataset), FINAL)
@@ -96,8 +97,13 @@ class RunRecord:
             return
         self._board.scalars({"speed/checkpoint_seconds": seconds}, step)
         self._board.flush()
-        message: dict[str, Any] = {"checkpoint": step, "checkpoint_seconds": seconds}
-        self._tell(message | {"checkpoint_loss": metrics.get("validation_loss")})
+        loss = metrics.get("validation_loss")
+        self._pending.append({"checkpoint": step, "checkpoint_seconds": seconds, "checkpoint_loss": loss})
+
+    def committed(self, step: int | None) -> None:
+        """The checkpoint of `step` is whole, and so are those before it, of which `saving` was told."""
+        while self._pending and step is not None and self._pending[0]["checkpoint"] <= step:
+            self._tell(self._pending.pop(0))
 
     def end(self, step: int) -> None:
         """The run is trained to its end."""

@@ -189,6 +189,7 @@ class Training:
         self.profile.end(self.cursor.total)
         self.pulse.enter("checkpoint", self.cursor.total)
         self.saver.wait()
+        self.record.committed(self.saver.committed)
         self.record.end(self.cursor.total)
         self.pulse.enter("end", self.cursor.total)
         self.seat.tell(
@@ -250,6 +251,7 @@ class Training:
         self._check_steps()
         curves |= self.model.meta.curves()
         self.record.line(self.cursor.total, self.last, self.cursor.epoch, curves, gains)
+        self.record.committed(self.saver.committed)
         return due
 
     def _validate(self) -> tuple[dict[str, float], bool]:
@@ -287,6 +289,7 @@ class Training:
             metrics=metrics or {},
         )
         self.record.saving(self.cursor.total, metrics or {}, saved.waited + saved.copied)
+        self.record.committed(self.saver.committed)
         self.saved_at, self.saved_time = self.cursor.total, time.monotonic()
 
     def _save_at_once(self, wish: int) -> None:
