@@ -23,8 +23,7 @@ from metatrain.checkpoint import Cursor, committed_steps, load_checkpoint
 from metatrain.config import Config, load_config
 from metatrain.data.batch import Ragged, TaskBatch
 from metatrain.data.dataset import TaskDataset
-from metatrain.data.manifest import ItemSet, Split
-from metatrain.data.reader import BatchReader
+from metatrain.data.manifest import Split
 from metatrain.errors import CheckpointError, TrainingError
 from metatrain.model.build import build_model
 from metatrain.model.metamodel import MetaModel, StepOutput
@@ -33,7 +32,7 @@ from metatrain.train import not_finite
 from metatrain.train.guard import Guard
 from metatrain.train.not_finite import BadStep
 from metatrain.train.outer import DenseOptimizer
-from metatrain.train.step import OuterLoop
+from metatrain.train.step import OuterLoop, open_reader
 from metatrain.train.worker import run_state
 
 #: Steps before the bad one whose losses are shown.
@@ -167,16 +166,7 @@ class _Replaying:
             marker = load_checkpoint(run_url, bad.checkpoint, run_state(self._distributed, self._optimizer))
             self._cursor, kept = marker.cursor, marker.loop.get("guard") or {}
         self._guard = Guard(config.train, torch.device("cpu"), kept)
-        self._reader = BatchReader.from_config(
-            dataset,
-            config.data,
-            Split.TRAIN,
-            ItemSet.EXISTING,
-            config.data.episode,
-            config.train.seed,
-            features=config.model.features,
-            keys=True,
-        )
+        self._reader = open_reader(dataset, config, Split.TRAIN, keys=True)
 
     def run(self) -> Replay:
         config, bad = self._config, self._bad

@@ -168,10 +168,10 @@ class _Sums:
         return bool(self._sums[1] > 0)
 
 
-def open_reader(dataset: TaskDataset, config: Config, split: Split) -> BatchReader:
+def open_reader(dataset: TaskDataset, config: Config, split: Split, *, keys: bool = False) -> BatchReader:
     """A reader of a split's known items in this process: training's episodes for training users, else evaluation's.
 
-    Of training users it leaves out those of shards that the run has quarantined.
+    Of training users it leaves out those of shards that the run has quarantined. With `keys` it knows the tasks' keys.
     """
     training = split is Split.TRAIN
     return BatchReader.from_config(
@@ -184,6 +184,7 @@ def open_reader(dataset: TaskDataset, config: Config, split: Split) -> BatchRead
         shuffle=training,
         features=config.model.features,
         quarantined=read_quarantine(config.run_url, dataset).paths if training else (),
+        keys=keys,
     )
 
 
