@@ -84,7 +84,7 @@ def _checkpoint(status: RunStatus, now: float) -> str:
     if status.checkpoint_at is not None:
         text += f", {span(now - status.checkpoint_at)} ago"
     if status.checkpoint_seconds is not None:
-        text += f", took {status.checkpoint_seconds:.1f} s"
+        text += f", training stood still {status.checkpoint_seconds:.1f} s"
     if status.checkpoint_loss is not None:
         text += f", validation loss {status.checkpoint_loss:.4f}"
     return text

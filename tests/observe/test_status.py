@@ -69,7 +69,7 @@ def test_a_running_run_tells_progress_rate_and_time_left(tmp_path: Path) -> None
     assert "128 tasks/s, 1,500.0 ms a step; 32 s left" in shown
     assert "inner loop 50%, wait 25%, backward 20%" in shown
     assert "0.9000 before adaptation, 0.8000 after" in shown
-    assert "step 40, 23 s ago, took 1.5 s, validation loss 0.8500" in shown
+    assert "step 40, 23 s ago, training stood still 1.5 s, validation loss 0.8500" in shown
     assert "2; started again never" in shown
 
 
