@@ -18,7 +18,7 @@ from metatrain.train.launch import launch
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_session")
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)  # two starts of Ray Train, on a machine that may be busy
 def test_a_table_larger_than_a_worker_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # Ray's workers, which were started elsewhere, cannot import the tool.
     ray.cloudpickle.register_pickle_by_value(big_table)
