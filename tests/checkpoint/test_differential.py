@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from metatrain import storage
 from metatrain.checkpoint import read_marker, read_tensors
+from metatrain.checkpoint.listing import listed
 from metatrain.checkpoint.load import load_checkpoint
+from metatrain.checkpoint.retention import prune
 from tests.checkpoint.made_up import save
 
 
@@ -86,3 +88,25 @@ def test_a_resume_marks_what_the_differential_one_brought(
     assert int(marked.sum()) == (3 if changed == 3 else 40)
     load_checkpoint(run, 1, {"model.table": torch.zeros(40, 4)}, {"model.table": marked})
     assert not marked.any()
+
+
+def test_an_object_store_holds_them_too() -> None:
+    run = "memory://differential/run"
+    storage.remove(run)
+    state = {
+        "model.table": torch.randn(3_000_000, 4),
+        "model.dense": torch.randn(3),
+    }  # several blocks, fetched together
+    save(run, 1, state)
+    bitmap = torch.zeros(3_000_000, dtype=torch.bool)
+    bitmap[[5, 2_999_999]] = True
+    state["model.table"][bitmap] = 7.0
+    save(run, 2, state, base=1, touched={"model.table": bitmap})
+    found = read_tensors(run, 2)
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+    assert not any(line.problem for line in listed(run, verify=True))
+    assert prune(run, 1) == []
+    save(run, 3, state)
+    assert prune(run, 1) == [1, 2]
+    assert [line.step for line in listed(run)] == [3]
+    storage.remove(run)
