@@ -1,8 +1,8 @@
 """What the files of a checkpoint hold: `contents.json`, checked against itself and against the files' sizes.
 
-Each tensor is in chunks, the blocks of rows that the ranks held (a number without dimensions is one row). A chunk is
-whole, or holds some of its rows only: those touched since the checkpoint that it builds on. Nothing in a checkpoint is
-pickled, so loading one runs no code.
+Each tensor is in chunks, the blocks of rows that the ranks held, or of rows of a block of columns (a number without
+dimensions is one row). A chunk is whole, or holds some of its rows only: those touched since the checkpoint that it
+builds on. Nothing in a checkpoint is pickled, so loading one runs no code.
 """
 
 from __future__ import annotations
@@ -53,11 +53,20 @@ class Touched(_Frozen):
     scales: Part | None = None
 
 
+class Columns(_Frozen):
+    """The columns `start` to `start + count` of a tensor."""
+
+    start: _Count
+    count: Annotated[int, Field(ge=1)]
+
+
 class Chunk(_Frozen):
     """The rows `start` to `start + rows` of a tensor, in a file."""
 
     start: _Count
     rows: _Count
+    #: None: all.
+    columns: Columns | None = None
     #: A file beside `contents.json`: no path leads elsewhere.
     file: Annotated[str, Field(pattern=r"^[0-9]+-[0-9a-f]{8}\.bin$")]
     data: Part
@@ -87,14 +96,30 @@ class StoredTensor(_Frozen):
         return any(chunk.touched for chunk in self.chunks)
 
     @property
+    def columns(self) -> int:
+        """Its columns: 1 where it has one dimension or none."""
+        return self.size[1] if len(self.size) > 1 else 1
+
+    @property
     def rows(self) -> int:
         """Its rows: 1 where it has no dimensions."""
         return self.size[0] if self.size else 1
 
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a row."""
-        return math.prod(self.size[1:]) * self.torch_dtype.itemsize
+    def row_size(self, chunk: Chunk) -> tuple[int, ...]:
+        """The size of a row of one of its chunks."""
+        return self.size[1:] if chunk.columns is None else (chunk.columns.count, *self.size[2:])
+
+    def row_bytes(self, chunk: Chunk) -> int:
+        """Bytes of a row of one of its chunks."""
+        return math.prod(self.row_size(chunk)) * self.torch_dtype.itemsize
+
+    def box(self, chunk: Chunk) -> tuple[torch.Size, torch.Size]:
+        """Where a chunk begins, and its size, in all dimensions."""
+        if not self.size:
+            return torch.Size(()), torch.Size(())
+        first = chunk.columns.start if chunk.columns else 0
+        offsets = (chunk.start, *([first, *[0] * (len(self.size) - 2)] if len(self.size) > 1 else []))
+        return torch.Size(offsets), torch.Size((chunk.rows, *self.row_size(chunk)))
 
 
 class Contents(_Frozen):
@@ -117,12 +142,10 @@ class Contents(_Frozen):
         found: dict[str, TensorStorageMetadata] = {}
         chunks: dict[MetadataIndex, Chunk] = {}
         for name, tensor in self.tensors.items():
-            row, held = tensor.size[1:], [c for c in tensor.chunks if c.rows]
-            starts = [torch.Size((c.start, *[0] * len(row)) if tensor.size else ()) for c in held]
-            sizes = [torch.Size((c.rows, *row) if tensor.size else ()) for c in held]
-            boxes = [ChunkStorageMetadata(*box) for box in zip(starts, sizes, strict=True)]
+            held = {MetadataIndex(name, tensor.box(chunk)[0]): chunk for chunk in tensor.chunks if chunk.rows}
+            boxes = [ChunkStorageMetadata(*tensor.box(chunk)) for chunk in held.values()]
             found[name] = TensorStorageMetadata(TensorProperties(tensor.torch_dtype), torch.Size(tensor.size), boxes)
-            chunks |= {MetadataIndex(name, start): c for start, c in zip(starts, held, strict=True)}
+            chunks |= held
         return Metadata(state_dict_metadata=dict(found), storage_data=chunks)
 
 
@@ -174,14 +197,28 @@ def _problem(tensor: StoredTensor) -> str:
     """What is wrong with it: a gap, an overlap, a part of another size than its rows have."""
     if tensor.dtype not in _DTYPES:
         return f"unknown dtype {tensor.dtype!r}"
-    ends = 0
-    for chunk in sorted((c for c in tensor.chunks if c.rows), key=lambda c: c.start):
-        if chunk.start != ends:
-            return f"row {min(chunk.start, ends)} is missing, or there twice"
-        ends = chunk.start + chunk.rows
-    if ends != tensor.rows:
-        return f"it has {tensor.rows} rows, its chunks {ends}"
+    by_columns: dict[tuple[int, int], list[Chunk]] = {}
+    for chunk in (c for c in tensor.chunks if c.rows):
+        if chunk.columns and (len(tensor.size) < 2 or chunk.touched):
+            return "a chunk has columns where there can be none"
+        columns = (chunk.columns.start, chunk.columns.count) if chunk.columns else (0, tensor.columns)
+        by_columns.setdefault(columns, []).append(chunk)
+    if tensor.rows and (problem := _gap(list(by_columns), tensor.columns, "column")):
+        return problem
+    for chunks in by_columns.values():
+        if problem := _gap([(chunk.start, chunk.rows) for chunk in chunks], tensor.rows, "row"):
+            return problem
     return next((problem for chunk in tensor.chunks if (problem := _size_problem(chunk, tensor))), "")
+
+
+def _gap(parts: list[tuple[int, int]], whole: int, what: str) -> str:
+    """What keeps parts (start, count) from making up 0 to `whole`."""
+    ends = 0
+    for start, count in sorted(parts):
+        if start != ends:
+            return f"{what} {min(start, ends)} is missing, or there twice"
+        ends = start + count
+    return "" if ends == whole else f"it has {whole} {what}s, its chunks {ends}"
 
 
 def _size_problem(chunk: Chunk, tensor: StoredTensor) -> str:
@@ -190,7 +227,9 @@ def _size_problem(chunk: Chunk, tensor: StoredTensor) -> str:
             return "a part has another number of checksums than blocks"
     touched = chunk.touched
     if touched is None:
-        return "" if chunk.data.bytes == chunk.rows * tensor.row_bytes else "a chunk has another size than its rows"
+        return (
+            "" if chunk.data.bytes == chunk.rows * tensor.row_bytes(chunk) else "a chunk has another size than its rows"
+        )
     if not tensor.size or touched.count > chunk.rows:
         return "a chunk holds more rows than it has"
     itemsize = {"exact": tensor.torch_dtype.itemsize, "bfloat16": 2, "int8": 1}[touched.encoding]

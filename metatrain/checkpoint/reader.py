@@ -68,43 +68,17 @@ class Reader(StorageReader):
             with PartReader(storage.join(self._url, name)) as file:
                 for chunk, item in sorted(found, key=lambda pair: pair[0].data.at):
                     target = planner.resolve_tensor(item).detach()
-                    start = item.storage_offsets[0] if len(item.storage_offsets) else 0
+                    of = _Slice(chunk, self._contents.tensors[item.dest_index.fqn].row_size(chunk), item)
                     if chunk.touched is None:
-                        _read_rows(file, chunk, start, target)
+                        _read_rows(file, of, target)
                         rows = slice(None)
                     else:
-                        rows = self._read_touched(file, chunk, start, target)
+                        rows = _read_touched(file, of, target)
                     if (bitmap := self._touched.get(item.dest_index.fqn)) is not None:
                         bitmap.narrow(0, item.dest_offsets[0], item.lengths[0])[rows] = True
         done: Future[None] = Future()
         done.set_result(None)
         return done
-
-    def _read_touched(self, file: PartReader, chunk: Chunk, start: int, target: Tensor) -> Tensor:
-        """Puts those of the chunk's touched rows into `target` that belong there; returns their places in it."""
-        assert chunk.touched is not None, "a chunk of some rows"
-        index = torch.empty(chunk.touched.count, dtype=index_dtype(chunk.rows))
-        file.read(chunk.touched.index, view(index))
-        ordered = bool((index[1:] > index[:-1]).all())
-        if index.numel() and not (ordered and int(index[0]) >= 0 and int(index[-1]) < chunk.rows):
-            raise CheckpointError(
-                "The checkpoint is broken: numbers of touched rows are out of order, or outside their table.",
-                where=file.url,
-            )
-        first, last = (int(torch.searchsorted(index, edge)) for edge in (start, start + target.shape[0]))
-        places = index[first:last].long() - start
-        rows, per_row = last - first, max(1, chunk.data.bytes // max(1, chunk.touched.count))
-        for done, count in _pieces(rows, per_row):
-            stored = {"exact": target.dtype, "bfloat16": torch.bfloat16, "int8": torch.uint8}[chunk.touched.encoding]
-            data = torch.empty((count, *target.shape[1:]), dtype=stored)
-            file.read(chunk.data, view(data), (first + done) * per_row)
-            scales = None
-            if chunk.touched.scales is not None:
-                scales = torch.empty(count, 2)
-                file.read(chunk.touched.scales, view(scales), (first + done) * 8)
-            values = decoded(data, scales, target.dtype)
-            target.index_copy_(0, places[done : done + count].to(target.device), values.to(target.device))
-        return places
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -112,17 +86,68 @@ class Reader(StorageReader):
         return False
 
 
-def _read_rows(file: PartReader, chunk: Chunk, start: int, target: Tensor) -> None:
-    """Fills `target` with the chunk's rows from `start` on."""
-    rows = target.shape[0] if target.dim() else 1
+class _Slice:
+    """The part of a chunk that a plan's item wants.
+
+    Args:
+        chunk: The chunk.
+        row: The size of its rows.
+        item: Of the plan.
+    """
+
+    def __init__(self, chunk: Chunk, row: tuple[int, ...], item: ReadItem) -> None:
+        self.chunk, self.row = chunk, row
+        self.start = item.storage_offsets[0] if item.storage_offsets else 0
+        self._sides = list(zip(item.storage_offsets[1:], item.lengths[1:], strict=True))
+        #: Whether it wants its rows from their first number to their last.
+        self.of_whole_rows = tuple(item.lengths[1:]) == row
+
+    def cut(self, rows: Tensor) -> Tensor:
+        """Of rows of the chunk, what is wanted."""
+        for dim, (start, count) in enumerate(self._sides, 1):
+            rows = rows.narrow(dim, start, count)
+        return rows
+
+
+def _read_rows(file: PartReader, of: _Slice, target: Tensor) -> None:
+    """Fills `target` with a slice of a chunk."""
+    chunk, rows = of.chunk, target.shape[0] if target.dim() else 1
     row_bytes = chunk.data.bytes // chunk.rows
-    if target.device.type == "cpu" and target.is_contiguous():
-        file.read(chunk.data, view(target), start * row_bytes)
+    if target.device.type == "cpu" and target.is_contiguous() and of.of_whole_rows:
+        file.read(chunk.data, view(target), of.start * row_bytes)
         return
     for done, count in _pieces(rows, row_bytes):
-        data = torch.empty((count, *target.shape[1:]) if target.dim() else (), dtype=target.dtype)
-        file.read(chunk.data, view(data), (start + done) * row_bytes)
-        (target[done : done + count] if target.dim() else target).copy_(data)
+        data = torch.empty((count, *of.row) if target.dim() else (), dtype=target.dtype)
+        file.read(chunk.data, view(data), (of.start + done) * row_bytes)
+        (target[done : done + count] if target.dim() else target).copy_(of.cut(data))
+
+
+def _read_touched(file: PartReader, of: _Slice, target: Tensor) -> Tensor:
+    """Puts those of a chunk's touched rows into `target` that belong there; returns their places in it."""
+    chunk, touched = of.chunk, of.chunk.touched
+    assert touched is not None, "a chunk of some rows"
+    index = torch.empty(touched.count, dtype=index_dtype(chunk.rows))
+    file.read(touched.index, view(index))
+    ordered = bool((index[1:] > index[:-1]).all())
+    if index.numel() and not (ordered and int(index[0]) >= 0 and int(index[-1]) < chunk.rows):
+        raise CheckpointError(
+            "The checkpoint is broken: numbers of touched rows are out of order, or outside their table.",
+            where=file.url,
+        )
+    first, last = (int(torch.searchsorted(index, edge)) for edge in (of.start, of.start + target.shape[0]))
+    places = index[first:last].long() - of.start
+    per_row = chunk.data.bytes // max(1, touched.count)
+    stored = {"exact": target.dtype, "bfloat16": torch.bfloat16, "int8": torch.uint8}[touched.encoding]
+    for done, count in _pieces(last - first, per_row):
+        data = torch.empty((count, *of.row), dtype=stored)
+        file.read(chunk.data, view(data), (first + done) * per_row)
+        scales = None
+        if touched.scales is not None:
+            scales = torch.empty(count, 2)
+            file.read(touched.scales, view(scales), (first + done) * 8)
+        values = of.cut(decoded(data, scales, target.dtype))
+        target.index_copy_(0, places[done : done + count].to(target.device), values.to(target.device))
+    return places
 
 
 def _pieces(rows: int, row_bytes: int) -> list[tuple[int, int]]:

@@ -21,7 +21,7 @@ from torch.futures import Future
 
 from metatrain import faults, storage
 from metatrain.checkpoint.blocks import BLOCK, PartWriter, checksum, sync_folder, view, writing
-from metatrain.checkpoint.contents import CONTENTS, Chunk, Contents, StoredTensor, Touched, dtype_name
+from metatrain.checkpoint.contents import CONTENTS, Chunk, Columns, Contents, StoredTensor, Touched, dtype_name
 from metatrain.checkpoint.format import MARKER, VERSION, Marker, checkpoint_url
 from metatrain.checkpoint.rows import encoded
 from metatrain.checkpoint.staging import Staged
@@ -101,9 +101,13 @@ class Writer(StorageWriter):
     def _put(self, item: WriteItem, file: PartWriter, name: str) -> Chunk:
         assert item.tensor_data is not None, "a run's state is tensors"
         box, size = item.tensor_data.chunk, item.tensor_data.size
-        assert box.sizes[1:] == size[1:], "tensors are sharded by rows"
+        assert box.sizes[2:] == size[2:], "tensors are sharded by rows and columns"
+        columns = None
+        if box.sizes[1:] != size[1:]:
+            columns = Columns(start=box.offsets[1], count=box.sizes[1])
         staged = self._staged[item.index.fqn]
-        place = {"start": box.offsets[0] if size else 0, "rows": box.sizes[0] if size else 1, "file": name}
+        first, rows = (box.offsets[0], box.sizes[0]) if size else (0, 1)
+        place = {"start": first, "rows": rows, "columns": columns, "file": name}
         if staged.index is None:
             assert staged.data.numel() == math.prod(box.sizes), "the copy is of the planned tensor"
             return Chunk(**place, data=file.put(view(staged.data)))
