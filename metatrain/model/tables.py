@@ -91,14 +91,16 @@ class _Touched:
 
     def mark(self, ids: KeyedJaggedTensor) -> None:
         """Marks the rows of these ids: its keys are tables, its values places among this process's rows."""
-        values = ids.values().long()
-        if len(self._starts) > 1:
-            tables = ids.keys()
-            starts = torch.tensor([self._starts[table] for table in tables])
+        tables, values = ids.keys(), ids.values().long()
+        if not tables:  # this rank holds none
+            return
+        if tables != list(self._starts) or len(tables) > 1:
+            starts = torch.tensor([self._starts.get(table, -1) for table in tables])
+            untracked = bool((starts < 0).any())
             counts = ids.lengths().view(len(tables), -1).sum(1)
             # With the size told, a GPU need not be waited for.
-            starts = starts.to(values.device, non_blocking=True)
-            values = values + starts.repeat_interleave(counts, output_size=values.numel())
+            starts = starts.to(values.device, non_blocking=True).repeat_interleave(counts, output_size=values.numel())
+            values = (values + starts)[starts >= 0] if untracked else values + starts
         self._bitmap.index_fill_(0, values, True)
 
 
