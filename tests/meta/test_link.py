@@ -8,7 +8,7 @@ from contract import LAYOUT, check_contract, made_up
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metatrain.meta.link import ORDER_SHARE, Staircase
+from metatrain.meta.link import ORDER_SHARE, ORDER_SHARE_OWN, Staircase
 from metatrain.meta.ridge import Ridge
 from metatrain.model.learners.factorisation import Factorisation
 
@@ -112,8 +112,9 @@ def test_a_meta_learner_with_a_staircase_keeps_what_it_promises(own: bool):
     assert meta.link is not None
     torch.testing.assert_close(meta.predictions(fast, query), meta.link(scores, fast.steps))
     torch.testing.assert_close(meta.task_losses(meta.link(scores, fast.steps), query).detach(), found.after)
+    share = ORDER_SHARE_OWN if own else ORDER_SHARE
     squares = ((scores - query.labels).square() * query.mask).sum(-1) / query.mask.sum(-1)
-    torch.testing.assert_close(found.total, found.after.sum() + ORDER_SHARE * squares.sum())
+    torch.testing.assert_close(found.total, found.after.sum() + share * squares.sum())
     check_contract(make, own_losses=True)
 
 
