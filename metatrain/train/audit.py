@@ -5,7 +5,7 @@ A line a step is written and flushed after the step: a kill loses at most what n
 
     RUN/audit/attempt-0002-rank-0001.jsonl
     {"attempt": 2, "rank": 1, "world_size": 2, "begins": 40}
-    {"epoch": 1, "step": 15, "total": 40, "tasks": [17, 3, 250], "skipped": 1, "time": 1764000000.123}
+    {"epoch": 1, "step": 15, "total": 40, "time": 1764000000.123, "tasks": [17, 3, 250], "skipped": 1}
 
 Tasks are numbers in the training split (`EpochPlan`'s ordinals). An attempt that begins at step s puts its own steps in
 the place of what earlier ones did from s on: what is left, up to the last checkpoint, is what the weights have seen.
@@ -82,10 +82,11 @@ class AuditLog:
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o644)
         self._write({"attempt": attempt, "rank": rank, "world_size": world_size, "begins": begins.total})
 
-    def add(self, place: Cursor, batch: TaskBatch) -> None:
-        """A step that was trained at this place."""
-        line = {"epoch": place.epoch, "step": place.step, "total": place.total}
-        self._write({**line, "tasks": batch.tasks.tolist(), "skipped": batch.skipped, "time": round(time.time(), 3)})
+    def add(self, place: Cursor, batch: TaskBatch, left_out: bool = False) -> None:
+        """A step that was trained at this place, or whose update was left out by `train.not_finite: skip`."""
+        line = {"epoch": place.epoch, "step": place.step, "total": place.total, "time": round(time.time(), 3)}
+        line |= {"tasks": batch.tasks.tolist(), "skipped": batch.skipped}
+        self._write(line | ({"left_out": True} if left_out else {}))
 
     def sync(self) -> None:
         """Makes what was added outlive the machine: before a checkpoint that holds it."""
@@ -126,7 +127,8 @@ class AuditedStep:
     total: int
     attempt: int
     tasks: np.ndarray  # int64 [T]: the ranks' behind one another
-    skipped: int
+    skipped: int  # tasks that no episode can be made of
+    left_out: bool  # its batch was read, but there was no update
 
 
 @dataclass
@@ -140,6 +142,8 @@ class AuditReport:
     #: Epoch → tasks trained of it; of whole epochs that is every task.
     tasks: dict[int, int]
     whole_epochs: list[int]
+    #: Steps without an update, by `train.not_finite: skip`: their tasks had their turn.
+    left_out: list[int]
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -155,6 +159,7 @@ class AuditReport:
                 for a in self.attempts
             ),
             f"steps done again: {sum(self.redone.values())}",
+            *([f"steps without an update, not finite: {self.left_out}"] if self.left_out else []),
             *(
                 f"  epoch {epoch}: {count} tasks" + ("" if epoch in self.whole_epochs else " (not to its end)")
                 for epoch, count in self.tasks.items()
@@ -179,7 +184,8 @@ def audit(run_url: str) -> AuditReport:
     dataset = TaskDataset.open(config.data.dataset)
     lost = _lost(dataset, read_quarantine(run_url, dataset))
     eligible = _eligible(dataset, config, lost.paths)
-    report = AuditReport(last, attempts, _redone(attempts, last), {}, [], problems)
+    report = AuditReport(last, attempts, _redone(attempts, last), {}, [], [], problems)
+    report.left_out = [step.total for step in history if step.left_out]
     for epoch in sorted({step.epoch for step in history}):
         steps = [step for step in history if step.epoch == epoch]
         plan = _plan(dataset, config, epoch)
@@ -250,7 +256,8 @@ def history_of(attempts: list[Attempt], last: int) -> tuple[list[AuditedStep], l
                 return [], [f"attempt {attempt.number}, step {total}: ranks were at different places {sorted(places)}"]
             tasks = np.concatenate([np.asarray(part["tasks"], np.int64) for part in parts])
             epoch, step = places.pop()
-            seen[total] = AuditedStep(epoch, step, total, attempt.number, tasks, sum(p["skipped"] for p in parts))
+            skipped, left_out = sum(part["skipped"] for part in parts), any("left_out" in part for part in parts)
+            seen[total] = AuditedStep(epoch, step, total, attempt.number, tasks, skipped, left_out)
     missing = [total for total in range(last) if total not in seen]
     problems = [f"step {total} is in the last checkpoint, but no attempt says that it trained it" for total in missing]
     return [seen[total] for total in range(last) if total in seen], problems

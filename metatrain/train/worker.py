@@ -156,7 +156,7 @@ class Training:
                 wish = self.seat.asked.pending
                 outcome = self.outer.step(batch, self.cursor.total, following if goes_on else None, wish=wish > 0)
                 if self.audit is not None:
-                    self.audit.add(self.cursor, batch)
+                    self.audit.add(self.cursor, batch, outcome.skipped)
                 self.cursor = Cursor(epoch=epoch, step=self.cursor.step + 1, total=self.cursor.total + 1)
                 self.saver.check()
                 self.totals.add(outcome, batch)

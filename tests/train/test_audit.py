@@ -170,6 +170,17 @@ def test_what_is_wrong_is_found(run: Config, change: Any, complaint: str) -> Non
     assert any(complaint in problem for problem in report.problems), report
 
 
+def test_steps_without_an_update_are_told(run: Config) -> None:
+    attempt(run, 0, 9)
+    for rank in range(2):
+        edited(run, lambda lines: lines[4].update(left_out=True), rank=rank)
+    commit(run, 9)
+    report = audit(run.run_url)
+    assert report.exactly_once
+    assert report.left_out == [4]
+    assert "[4]" in str(report)
+
+
 def test_a_restart_that_skips_steps_is_found(run: Config) -> None:
     total = sum(steps_of(run))
     attempt(run, 0, 8)
