@@ -74,7 +74,10 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], to
     assert one.keys() == other.keys()
     for name, value in one.items():
         assert torch.isfinite(value).all(), name
-        assert (value - other[name]).abs().max() <= tolerance * value.abs().max(), name
+        assert value.shape == other[name].shape, name
+        # A rank holds nothing of a table that lies wholly on another.
+        if value.numel():
+            assert (value - other[name]).abs().max() <= tolerance * value.abs().max(), name
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
