@@ -9,7 +9,7 @@ HEAD = """\
 # A run on Kubernetes in one file: KubeRay (1.5.1 or newer) makes the cluster, trains the recipe inside, and removes the
 # cluster ten minutes after. Written by tools/cluster_manifest.py from configs/cluster-gpu.yaml; of your own recipe,
 # `metatrain submit RECIPE.yaml --render rayjob --image IMAGE` makes one, checked against its dataset. Not applied to a
-# real cluster yet; its fields are checked by tests/cluster, and its entrypoint is run there.
+# real cluster yet; its fields are checked by tests/cluster, and its entrypoint is that of `metatrain submit`.
 #
 #   kubectl apply -f rayjob.yaml
 #   kubectl logs --follow job/cluster-gpu
