@@ -17,7 +17,7 @@ from metatrain.data.batch import TaskBatches
 from metatrain.data.manifest import ItemSet, Split, read_manifest
 from metatrain.data.reader import BatchReader
 from metatrain.data.stream import TaskStream
-from metatrain.errors import DatasetError, TrainingError
+from metatrain.errors import DatasetError, ShardError, TrainingError
 from tests.data.tiny_dataset import plain, write_tiny_dataset
 
 DATA = DataConfig(
@@ -110,7 +110,7 @@ def test_a_shard_garbled_in_mid_run_is_an_error_of_its_own_and_no_death(tmp_path
                 file.write(bytes(byte ^ 0xFF for byte in content))
         with pytest.raises(DatasetError, match="cannot be read as Parquet") as caught:
             list(stream.batches(0))
-        assert type(caught.value) is DatasetError
+        assert type(caught.value) is ShardError
         assert caught.value.where
         assert caught.value.where.startswith(url)
         assert stream.restarts == 0

@@ -27,10 +27,12 @@ def manifest(rows: int = ROWS) -> Manifest:
     schema = Schema(
         features=features, label=LabelKind.RATING, label_mean=3, label_deviation=1, label_min=1, label_max=5
     )
+    shard = {"path": "train/0.parquet", "split": Split.TRAIN, "row_groups": (1000,), "events": 20_000, "bytes": 1}
     return Manifest.model_validate(
         {
-            "version": 1, "name": "made up", "schema_": schema, "shards": (), "items": 1000, "new_items": 0,
-            "tasks": {Split.TRAIN: 1000}, "events": {Split.TRAIN: 20_000}, "skipped": {}, "catalogue_sha256": "",
+            "version": 1, "name": "made up", "schema_": schema, "shards": ({**shard, "sha256": "0" * 64},),
+            "items": 1000, "new_items": 0,
+            "tasks": {Split.TRAIN: 1000}, "events": {Split.TRAIN: 20_000}, "skipped": {}, "catalogue_sha256": "0" * 64,
             "vocabularies_sha256": {}, "prepared_with": {},
         }
     )  # fmt: skip
