@@ -217,7 +217,7 @@ class Teller:
 
 def make_teller(backoff_seconds: float) -> Any:
     """A teller on this process's node: it is to live as long as the command does, whichever other node is lost."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return cast(Any, Teller).options(scheduling_strategy=here).remote(backoff_seconds)
 
 
