@@ -40,13 +40,13 @@ def check_identity(saved: dict[str, Any], current: dict[str, Any], where: str) -
     Raises:
         CheckpointError: Names every field that differs, with both values.
     """
-    if shown := _differing(saved, current):
-        raise CheckpointError(
-            "The run's checkpoint is of another model or plan than this configuration.",
-            where=where,
-            got=shown,
-            remedy="Give the new configuration another `run.name`, or restore the values that differ.",
-        )
+    _refuse(
+        saved,
+        current,
+        "The run's checkpoint is of another model or plan than this configuration.",
+        where,
+        "Give the new configuration another `run.name`, or restore the values that differ.",
+    )
 
 
 def check_begun(saved: dict[str, Any], current: dict[str, Any], where: str) -> None:
@@ -55,14 +55,14 @@ def check_begun(saved: dict[str, Any], current: dict[str, Any], where: str) -> N
     Raises:
         CheckpointError: Names every field that differs, with both values.
     """
-    if shown := _differing(saved, current):
-        raise CheckpointError(
-            "A run of this name was begun with another model or plan than this configuration.",
-            where=where,
-            got=shown,
-            remedy="Give the new configuration another `run.name`, or restore the values that differ. It has no "
-            "checkpoint yet: deleting this file loses nothing.",
-        )
+    _refuse(
+        saved,
+        current,
+        "A run of this name was begun with another model or plan than this configuration.",
+        where,
+        "Give the new configuration another `run.name`, or restore the values that differ. It has no checkpoint yet: "
+        "deleting this file loses nothing.",
+    )
 
 
 def check_scoring(saved: dict[str, Any], current: dict[str, Any], where: str) -> None:
@@ -76,13 +76,19 @@ def check_scoring(saved: dict[str, Any], current: dict[str, Any], where: str) ->
         {name: v for name, v in identity.items() if name == "dataset" or name.startswith(("model.", "meta."))}
         for identity in (saved, current)
     )
+    _refuse(
+        saved,
+        current,
+        "The configuration does not fit the run's checkpoint: it describes another model than was trained.",
+        where,
+        "Restore these fields, or train a run of another `run.name` with them.",
+    )
+
+
+def _refuse(saved: dict[str, Any], current: dict[str, Any], what: str, where: str, remedy: str) -> None:
+    """Raises a `CheckpointError` that says what differs, where anything does."""
     if shown := _differing(saved, current):
-        raise CheckpointError(
-            "The configuration does not fit the run's checkpoint: it describes another model than was trained.",
-            where=where,
-            got=shown,
-            remedy="Restore these fields, or train a run of another `run.name` with them.",
-        )
+        raise CheckpointError(what, where=where, got=shown, remedy=remedy)
 
 
 def _differing(saved: dict[str, Any], current: dict[str, Any]) -> str:
