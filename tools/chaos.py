@@ -16,6 +16,7 @@ import os
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,7 @@ class Disturbed:
         return self.command.ended()
 
     def rows(self) -> list[dict[str, Any]]:
-        """What happened, in its order: when, what, and the seconds until the next step that all ranks finished."""
+        """What happened, in its order: when, what, and the longest pause between steps from then to the next fault."""
         done = self._finished_steps()
         times = {record["id"]: record for record in reversed(faults.fired(self._plan))}
         rows = []
@@ -145,19 +146,20 @@ class Disturbed:
             if when is None or len(records) < len(event.faults):
                 rows.append({"kind": event.kind, "planned_step": event.step, "details": event.details, "seconds": None})
                 continue
-            after = [(at, attempt) for at, attempt in done if at > when]
-            before = [attempt for at, attempt in done if at <= when]
             rows.append(
                 {
                     "kind": event.kind,
                     "planned_step": event.step,
                     "details": event.details,
                     "seconds": when - self.command.begun,
-                    "recovery_seconds": after[0][0] - when if after else None,
-                    "restart": bool(after) and after[0][1] != max(before, default=after[0][1]),
                 }
             )
-        return sorted(rows, key=lambda row: row["seconds"] or float("inf"))
+        rows.sort(key=lambda row: row["seconds"] or float("inf"))
+        begins = [row["seconds"] for row in rows if row["seconds"] is not None]
+        for row, begin, end in zip(rows, begins, [*begins[1:], float("inf")], strict=False):
+            # What a reader has read ahead is trained after its death: the pause is not always the next step's.
+            row["pause_seconds"], row["restart"] = _pause(done, self.command.begun + begin, self.command.begun + end)
+        return rows
 
     def _finished_steps(self) -> list[tuple[float, int]]:
         """When all ranks had finished a step, and in which attempt, in that order."""
@@ -166,6 +168,22 @@ class Disturbed:
             lines = attempt.ranks.values()
             found += [(max(line[step]["time"] for line in lines), attempt.number) for step in attempt.steps]
         return sorted(found)
+
+
+def _pause(done: list[tuple[float, int]], begin: float, end: float) -> tuple[float | None, bool]:
+    """The longest time between two finished steps that lies in part between those times, and whether a new attempt
+    came after one of those.
+
+    Args:
+        done: When steps were finished, and in which attempt.
+        begin, end: The times of a fault and of the next. A pause counts from `begin` at the earliest.
+    """
+    pauses = [
+        (after - max(before, begin), before_in != after_in)
+        for (before, before_in), (after, after_in) in pairwise(done)
+        if after > begin and before < end
+    ]
+    return (max(pauses)[0], any(restart for _, restart in pauses)) if pauses else (None, False)
 
 
 def distance(one: Config, other: Config) -> tuple[str, float]:
@@ -215,11 +233,11 @@ def lost(run: Disturbed, rows: list[dict[str, Any]], reference: Config | None, r
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The faults, one a line."""
-    lines = [f"{'at':>7} {'step':>6}  {'kind':<44} {'what':<44} {'recovery':>9}"]
+    lines = [f"{'at':>7} {'step':>6}  {'kind':<44} {'what':<44} {'pause':>9}"]
     for row in rows:
         at = f"{row['seconds']:5.1f} s" if row["seconds"] is not None else "never"
-        recovery = row.get("recovery_seconds")
-        shown = f"{recovery:7.1f} s" if recovery is not None else "-"
+        pause = row.get("pause_seconds")
+        shown = f"{pause:7.1f} s" if pause is not None else "-"
         lines.append(
             f"{at:>7} {row['planned_step']:>6}  {row['kind']:<44} {row['details']:<44} {shown:>9}"
             + ("  workers restarted" if row.get("restart") else "")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from pathlib import Path
 
@@ -39,12 +38,12 @@ class Sampler:
         if (now := time.monotonic()) < self._due:
             return
         self._due = now + SECONDS
-        found: dict[str, float] = {}
+        found: dict[str, float] = {"shared memory, MiB": 0.0}
         for pid in descendants(self._root):
+            found["shared memory, MiB"] += _shared(pid) / 2**20
             if pid != self._root and (role := self._role(pid)):
                 for name, value in ((f"{role}, MiB", private_bytes(pid) / 2**20), (f"{role}, files", _files(pid))):
                     found[name] = found.get(name, 0.0) + value
-        found["shared memory, MiB"] = shutil.disk_usage("/dev/shm").used / 2**20
         objects, size = self._nodes.stores()
         found |= {"Ray's stores, objects": float(objects), "Ray's stores, MiB": size / 2**20}
         self.samples.append((now, found))
@@ -93,6 +92,17 @@ class Sampler:
             name = line[len("ray::") :].split("(")[0].split(".")[0].split(":")[0].strip()
             return "idle" if name.startswith("IDLE") else name
         return "Ray's services" if line else None
+
+
+def _shared(pid: int) -> int:
+    """A process's part of the shared memory that it has touched; 0 when it has ended."""
+    try:
+        for line in Path("/proc", str(pid), "smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss_Shmem:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0
 
 
 def _files(pid: int) -> int:

@@ -10,6 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))  # a tool imports what lies beside it
 
+import chaos
 import chaos_plan
 from chaos_resources import Sampler
 
@@ -65,3 +66,12 @@ def test_growth_is_found_and_what_swings_or_warms_up_is_not() -> None:
     ]
     assert grown.slopes()["driver, files"]["an hour"] == pytest.approx(7.2)
     assert "driver, files" in grown.report()
+
+
+def test_a_pause_is_told_of_the_fault_before_it_though_steps_read_ahead_come_first() -> None:
+    # A fault at 2.5 s: two steps are trained of what was read, then 14 s pass, and a new attempt goes on.
+    done = [(1.0, 0), (2.0, 0), (3.0, 0), (3.5, 0), (17.5, 1), (18.0, 1), (30.0, 1)]
+    assert chaos._pause(done, 2.5, 20.0) == (14.0, True)
+    assert chaos._pause(done, 18.0, float("inf")) == (12.0, False)
+    assert chaos._pause(done, 5.0, 20.0) == (12.5, True)
+    assert chaos._pause(done, 31.0, 40.0) == (None, False)
