@@ -39,8 +39,9 @@ from metatrain.checkpoint.blocks import BLOCK
 from metatrain.checkpoint.format import checkpoint_url
 from metatrain.checkpoint.listing import size
 from metatrain.config import CheckpointConfig, OptimizerConfig
+from metatrain.model.choices import TableSpec
 from metatrain.model.sharding import OPTIMIZER_PREFIX, distribute
-from metatrain.model.tables import Tables, TableSpec
+from metatrain.model.tables import Tables
 
 EVERY = 30.0  # seconds between saves, of which a cost is a share
 KINDS = ("none", "full", "differential")

@@ -44,7 +44,8 @@ from metatrain.model.sharding import distribute
 from metatrain.model.table_plan import Workers, plan_tables
 from metatrain.model.tables import Tables
 from metatrain.train.outer import DenseOptimizer
-from metatrain.train.step import OuterLoop, open_reader
+from metatrain.train.readers import open_reader
+from metatrain.train.step import OuterLoop
 
 WARM_UP = 2
 KINDS = ("sizes", "lengths", "ids", "rows", "gradients", "sums", "dense")

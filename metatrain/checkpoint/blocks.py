@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from typing import IO, Annotated, Any, cast
 
 import torch
-import xxhash
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from metatrain import faults, storage
+from metatrain.checkpoint.format import checksum
 from metatrain.errors import CheckpointError
 from metatrain.retries import ShortReadError, retried
 
@@ -35,11 +35,6 @@ class Part(BaseModel):
     bytes: Annotated[int, Field(ge=0)]
     #: Of each block, hexadecimal.
     checksums: tuple[str, ...]
-
-
-def checksum(data: bytes | memoryview) -> str:
-    """The checksum of a block, or of a small file."""
-    return xxhash.xxh3_64_hexdigest(data)
 
 
 def view(tensor: Tensor) -> memoryview:

@@ -22,7 +22,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from metatrain import storage
-from metatrain.checkpoint.blocks import BLOCK, Part, checksum
+from metatrain.checkpoint.blocks import BLOCK, Part
+from metatrain.checkpoint.format import checksum
 from metatrain.checkpoint.rows import Encoding
 from metatrain.errors import CheckpointError, StorageError
 

@@ -14,10 +14,10 @@ import json
 import re
 from typing import Any
 
+import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from metatrain import storage
-from metatrain.checkpoint.blocks import checksum
 from metatrain.errors import CheckpointError
 
 VERSION = 2
@@ -78,6 +78,11 @@ class Marker(BaseModel):
         """The marker's text, with a checksum of all that it says."""
         said = self.model_dump(mode="json")
         return json.dumps(said | {"checksum": _checksum(said)}, indent=1)
+
+
+def checksum(data: bytes | memoryview) -> str:
+    """The checksum of a block, or of a small file."""
+    return xxhash.xxh3_64_hexdigest(data)
 
 
 def _checksum(said: dict[str, Any]) -> str:

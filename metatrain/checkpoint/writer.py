@@ -20,9 +20,9 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from metatrain import faults, storage
-from metatrain.checkpoint.blocks import BLOCK, PartWriter, checksum, sync_folder, view, writing
+from metatrain.checkpoint.blocks import BLOCK, PartWriter, sync_folder, view, writing
 from metatrain.checkpoint.contents import CONTENTS, Chunk, Columns, Contents, StoredTensor, Touched, dtype_name
-from metatrain.checkpoint.format import MARKER, VERSION, Marker, checkpoint_url
+from metatrain.checkpoint.format import MARKER, VERSION, Marker, checkpoint_url, checksum
 from metatrain.checkpoint.rows import encoded
 from metatrain.checkpoint.staging import Staged
 from metatrain.errors import CheckpointError

@@ -29,7 +29,8 @@ from metatrain.errors import MetatrainError, TrainingError
 from metatrain.evaluate.baselines import Fitted
 from metatrain.evaluate.evaluation import evaluate_run, fit_baselines
 from metatrain.evaluate.protocols import Judge
-from metatrain.train.launch import check, finished, launch, located
+from metatrain.train.checks import check, finished, located
+from metatrain.train.launch import launch
 from metatrain.train.session import check_resources, cpus_of, ray_session
 from metatrain.train.worker import Seat, train
 

@@ -1,7 +1,7 @@
 """What every meta-learner is: it adapts a base learner to a task's support, and scores the task's query with it.
 
 A meta-learner is one file beside this one with one class: `adapt` and `predict` are its own, the rest has a default
-here. Its constructor takes the base learner, then keyword arguments alone; `model/build.py` gives it those of the
+here. Its constructor takes the base learner, then keyword arguments alone; `model/pair.py` gives it those of the
 configuration that it names. It imports torch and `metatrain.meta` alone.
 
 What holds for every meta-learner:

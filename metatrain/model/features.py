@@ -10,7 +10,6 @@ feature in a task (padded), D embedding width, n entities of a level: T, U or N.
 
 from __future__ import annotations
 
-import difflib
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,13 +21,12 @@ from torch import Tensor, nn
 from metatrain.config import ModelConfig
 from metatrain.data.batch import Column, Ragged, TaskBatch
 from metatrain.data.schema import ITEM_FEATURE, Feature, Kind, Level, Schema
-from metatrain.errors import ConfigError
 from metatrain.meta.buckets import Bucket
 from metatrain.meta.episode import Episodes, Examples, Slots
 from metatrain.meta.layout import Columns, Layout
 from metatrain.model import hashing
+from metatrain.model.choices import TableSpec, chosen_features, table_specs
 from metatrain.model.places import Places, TaskRows, occurrences, picked, places, rows_of_tasks, whole
-from metatrain.model.tables import TableSpec
 
 # Keeps this draw apart from that of `id_dropout`.
 _SUPPORTS = hashing.of_name("support_dropout")
@@ -67,23 +65,7 @@ class Featurizer(nn.Module):
 
     def __init__(self, schema: Schema, config: ModelConfig, adapt_rows: Iterable[str] = (), seed: int = 0) -> None:
         super().__init__()
-        known = {feature.name: feature for feature in schema.features}
-        if config.features is not None:
-            for name in config.features:
-                _known(name, known, "model.features")
-        self.features = tuple(f for f in schema.features if config.features is None or f.name in config.features)
-        used = {feature.name: feature for feature in self.features}
-        self.adapted = {name: _known(name, used, "meta.adapt_rows") for name in sorted(set(adapt_rows))}
-        for feature in self.adapted.values():
-            if not feature.embedded:
-                raise ConfigError(
-                    "This feature has no embedding rows that could adapt.",
-                    where="meta.adapt_rows",
-                    got=feature.name,
-                    remedy=f"Choose among {', '.join(f.name for f in self.features if f.embedded)}.",
-                )
-        if not self.features:
-            raise ConfigError("The model has no features.", where="model.features", remedy="Name at least one.")
+        self.features, self.adapted = chosen_features(schema, config, adapt_rows)
         self._id_dropout, self._numeric_scale, self._seed = config.id_dropout, config.numeric_scale, seed
         self._support_dropout = config.support_dropout
         self._fixed = {
@@ -116,14 +98,7 @@ class Featurizer(nn.Module):
 
     def table_specs(self) -> list[TableSpec]:
         """The tables that the features need."""
-        shared: dict[str, list[Feature]] = {}
-        for feature in self.features:
-            if feature.embedded:
-                shared.setdefault(str(feature.table), []).append(feature)
-        return [
-            TableSpec(table, int(fs[0].rows or 0), int(fs[0].width or 0), tuple(f.name for f in fs))
-            for table, fs in shared.items()
-        ]
+        return table_specs(self.features)
 
     def ids(self, batch: TaskBatch, step: int | None = None) -> dict[str, Tensor]:
         """Embedded feature → its ids in the batch, flat: one a task, item or event, or as many as a `Ragged` has.
@@ -272,15 +247,3 @@ def _means(rows: Tensor, lengths: Tensor) -> Tensor:
     entity = torch.repeat_interleave(torch.arange(n, device=lengths.device), lengths, output_size=rows.shape[0])
     sums = torch.zeros(n, rows.shape[1], dtype=rows.dtype, device=rows.device).index_add(0, entity, rows)
     return sums / lengths.clamp(min=1).to(rows.dtype)[:, None]
-
-
-def _known(name: str, features: Mapping[str, Feature], where: str) -> Feature:
-    if name in features:
-        return features[name]
-    near = difflib.get_close_matches(name, features, n=1)
-    raise ConfigError(
-        "There is no feature of this name.",
-        where=where,
-        got=name,
-        remedy=f"Did you mean {near[0]!r}?" if near else f"Known here: {', '.join(features)}.",
-    )

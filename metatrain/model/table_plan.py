@@ -8,8 +8,6 @@ rounding, and a checkpoint of one is read under any other.
 from __future__ import annotations
 
 import contextlib
-import difflib
-import fnmatch
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +31,8 @@ from torchrec.distributed.types import CacheParams, ParameterSharding
 
 from metatrain.config import TableConfig
 from metatrain.errors import ConfigError
-from metatrain.model.tables import Tables, TableSpec
+from metatrain.model.choices import TableSpec, table_settings
+from metatrain.model.tables import Tables
 
 DATA_PARALLEL = "data_parallel"
 NUMBER_BYTES = 4  # float32, of rows and of the optimizer's state
@@ -164,30 +163,6 @@ def columns(rows: Sequence[Sequence[str]]) -> str:
         "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
         for row in rows
     )
-
-
-def table_settings(specs: Sequence[TableSpec], settings: Mapping[str, TableConfig]) -> dict[str, TableConfig]:
-    """Each table's settings: those under its own name, else under the first pattern that matches, else the defaults.
-
-    Raises:
-        ConfigError: A name or pattern that no table has.
-    """
-    names = [spec.name for spec in specs]
-    for pattern in settings:
-        if not fnmatch.filter(names, pattern):
-            near = difflib.get_close_matches(pattern, names, n=1)
-            raise ConfigError(
-                "No embedding table has this name.",
-                where=f"model.tables.{pattern}",
-                got=pattern,
-                remedy=f"Did you mean `{near[0]}`?" if near else f"Tables: {', '.join(names)}.",
-            )
-    found = {}
-    for name in names:
-        matching = [pattern for pattern in settings if fnmatch.fnmatchcase(name, pattern)]
-        chosen = name if name in settings else next(iter(matching), None)
-        found[name] = TableConfig() if chosen is None else settings[chosen]
-    return found
 
 
 def plan_tables(

@@ -24,6 +24,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from metatrain.errors import DatasetError
 from metatrain.model import hashing
+from metatrain.model.choices import TableSpec
 
 # TorchRec asks torch.fx a question whose answer's meaning changed, and every process would print a warning of it.
 logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
@@ -32,16 +33,6 @@ _WARP = 32
 # Rows initialised at a time hold at most this many numbers: so few that the hash's intermediate results stay in the
 # processor's cache.
 _INITIALISED_AT_ONCE = 1 << 17
-
-
-@dataclass(frozen=True)
-class TableSpec:
-    """One table: its rows, their width, and the features that look ids up in it."""
-
-    name: str
-    rows: int
-    width: int
-    features: tuple[str, ...]
 
 
 class _Exchange:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from metatrain import storage
-from metatrain.checkpoint import committed_steps
+from metatrain.checkpoint.format import committed_steps
 from metatrain.checkpoint.identity import check_begun, identity
 from metatrain.config import Config, load_config
 from metatrain.data.dataset import TaskDataset
-from metatrain.train.launch import check
+from metatrain.train.checks import check
 
 
 def check_submission(config: Config) -> None:
@@ -20,9 +20,16 @@ def check_submission(config: Config) -> None:
         MetatrainError: A field, dataset, feature or learner that cannot be used, or a run of this name and storage that
             was submitted or trained with another configuration: every field that differs, with both values.
     """
+    check_name(config)
     check(config)
+
+
+def check_name(config: Config) -> None:
+    """Refuses the name of a run that was begun with another configuration and has no checkpoint yet.
+
+    Where there is a checkpoint, `check` compares with what it was trained by.
+    """
     recorded = storage.join(config.run_url, "config.yaml")
-    # Where there is a checkpoint, `check` has compared with what it was trained by.
     if committed_steps(config.run_url) or not storage.exists(recorded):
         return
     fingerprint = TaskDataset.open(config.data.dataset).fingerprint

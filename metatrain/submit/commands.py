@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from metatrain.config import Config
 from metatrain.submit.checks import check_submission
-from metatrain.submit.jobs import Jobs, described
-from metatrain.submit.rayjob import manifest
-from metatrain.submit.summary import summary, table_bytes
-from metatrain.train.launch import finished, located
+from metatrain.train.checks import finished, located
+
+# Ray, and the sharding plan's TorchRec, are imported once a run is known to be sound: that takes seconds.
+if TYPE_CHECKING:
+    from metatrain.submit.jobs import Jobs
 
 
 def submit(
@@ -31,12 +33,16 @@ def submit(
     """
     config = located(config)
     check_submission(config)
+    from metatrain.submit.summary import summary
+
     print(summary(config), flush=True)
     if finished(config):
         print("this run is trained to its end: nothing is submitted")
         return 0
     if dry_run:
         return 0
+    from metatrain.submit.jobs import Jobs
+
     jobs = Jobs(address)
     job = jobs.submit(config, submission_id=submission_id, metadata=metadata, environment=environment, upload=upload)
     print(f"submitted  {job} to {jobs.address}", flush=True)
@@ -54,6 +60,9 @@ def render(config: Config, image: str, environment: Mapping[str, str]) -> str:
     """
     config = located(config)
     check_submission(config)
+    from metatrain.submit.rayjob import manifest
+    from metatrain.submit.summary import table_bytes
+
     return manifest(config, image, environment, table_bytes(config))
 
 
@@ -63,6 +72,8 @@ def job(action: str, subject: str, address: str | None, *, wait: bool = True) ->
     Raises:
         MetatrainError: There is no such job, or the cluster cannot be reached.
     """
+    from metatrain.submit.jobs import Jobs, described
+
     jobs = Jobs(address)
     if action == "list":
         for found in jobs.all():

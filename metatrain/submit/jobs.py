@@ -21,7 +21,7 @@ from metatrain import __version__
 from metatrain.config import Config, to_yaml
 from metatrain.errors import ClusterError, ConfigError
 from metatrain.submit.package import packaged
-from metatrain.train.launch import RECIPE_VARIABLE
+from metatrain.train.checks import RECIPE_VARIABLE
 
 #: Of a job: the URL of the run that it trains.
 RUN = "metatrain.run"

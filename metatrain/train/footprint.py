@@ -19,6 +19,7 @@ from metatrain.data.manifest import Manifest, Split
 from metatrain.data.schema import Feature, Kind, Level
 from metatrain.errors import ConfigError
 from metatrain.model.build import build_model
+from metatrain.model.choices import TableSpec
 from metatrain.model.sharding import agreed_plan
 from metatrain.model.table_plan import (
     DATA_PARALLEL,
@@ -31,7 +32,6 @@ from metatrain.model.table_plan import (
     plan_tables,
     size,
 )
-from metatrain.model.tables import TableSpec
 from metatrain.observe.machine import memory_bytes
 
 #: A worker's process with Python, torch and Ray, and a reader's, which has no torch: private memory, measured.

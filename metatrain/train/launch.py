@@ -22,28 +22,21 @@ from ray.train.v2.api.config import LoggingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from metatrain import storage
-from metatrain.checkpoint import committed_steps, open_checkpoint, read_marker
-from metatrain.checkpoint.identity import check_identity, identity
+from metatrain.checkpoint import committed_steps
 from metatrain.config import Config, to_yaml, validated
-from metatrain.data.dataset import TaskDataset
 from metatrain.data.manifest import Split
-from metatrain.data.quarantine import BadShards, read_quarantine
-from metatrain.errors import ConfigError, MetatrainError, TrainingError
-from metatrain.model.build import build_model
-from metatrain.model.construct import absolute_name
-from metatrain.train.early_stopping import Patience
+from metatrain.data.quarantine import BadShards
+from metatrain.errors import MetatrainError, TrainingError
+from metatrain.train.checks import check, finished, located
 from metatrain.train.elastic import Trainer
 from metatrain.train.footprint import check_machine
 from metatrain.train.session import ray_session, worker_cpus
-from metatrain.train.step import open_reader
 from metatrain.train.supervise import Overseer, fatal, group_name, heart, kill_hanging, make_teller
 from metatrain.train.watch import Watch, watching
-from metatrain.train.worker import QUARANTINED, Seat, is_over, last_step, train
+from metatrain.train.worker import Seat, train
 
 log = logging.getLogger("metatrain")
 
-#: Variable of a submitted job that holds its recipe (see `metatrain.submit`).
-RECIPE_VARIABLE = "METATRAIN_RECIPE"
 #: Seconds that the workers' room is waited for before their number is thought of again, and attempts in all: half an
 #: hour. A node that has just died still counts for some seconds, so a number that may change is thought of more often.
 START_SECONDS, START_ATTEMPTS = 60, 30
@@ -78,58 +71,6 @@ def launch(config: Config, address: str | None = None, work: Callable[[Config, S
         shards.spared(lambda: _fit(config, work, watch))
     if lost := shards.quarantine().told():
         log.warning("%s", lost)
-
-
-def located(config: Config) -> Config:
-    """The same configuration with absolute paths: a Ray worker has another working folder."""
-    # A submitted job's processes each work in their node's copy of its folder, which is elsewhere on each.
-    file_name = str if RECIPE_VARIABLE in os.environ else absolute_name
-    return config.model_copy(
-        update={
-            "run": config.run.model_copy(update={"storage": storage.absolute(config.run.storage)}),
-            "data": config.data.model_copy(update={"dataset": storage.absolute(config.data.dataset)}),
-            "model": config.model.model_copy(update={"learner": file_name(config.model.learner)}),
-            "meta": config.meta.model_copy(update={"algorithm": file_name(config.meta.algorithm)}),
-        }
-    )
-
-
-def check(config: Config) -> None:
-    """All that can be known to be wrong before a worker starts.
-
-    Raises:
-        MetatrainError: A dataset, shard, feature, parameter pattern or checkpoint that cannot be used.
-    """
-    dataset = TaskDataset.open(config.data.dataset)
-    build_model(dataset.schema, config, "cpu", tables_device="meta")
-    splits = {Split.TRAIN: "data.episode"}
-    if config.train.validate_every and dataset.manifest.tasks.get(Split.VALIDATION):
-        splits[Split.VALIDATION] = "evaluate.episode"
-    for split, where in splits.items():
-        # Opening checks that every shard is there, and as long as the manifest says.
-        with contextlib.closing(open_reader(dataset, config, split)) as reader:
-            lanes = range(config.data.lanes)
-            if not any(reader.read(0, step, lanes).size for step in range(reader.steps(0))):
-                raise ConfigError(
-                    f"No {split.value} {dataset.manifest.task} has enough events for an episode.",
-                    where=where,
-                    got=f"{dataset.manifest.tasks.get(split, 0)} {dataset.manifest.task}s in {dataset.url}",
-                    remedy="Lower `support_min`, `query_min` or `events_min`, or prepare other data.",
-                )
-    if steps := committed_steps(config.run_url):
-        marker = open_checkpoint(config.run_url, steps[-1]).marker
-        check_identity(marker.identity, identity(config, dataset.fingerprint), config.run_url)
-        read_quarantine(config.run_url, dataset).check_grown(marker.loop.get(QUARANTINED, ()), config.run_url)
-
-
-def finished(config: Config) -> bool:
-    """Whether the run's last checkpoint is its end: then no worker need start."""
-    if not (steps := committed_steps(config.run_url)):
-        return False
-    marker = read_marker(config.run_url, steps[-1])
-    with contextlib.closing(open_reader(TaskDataset.open(config.data.dataset), config, Split.TRAIN)) as reader:
-        last = last_step(config, [reader.steps(epoch) for epoch in range(config.train.epochs)])
-    return is_over(config, marker.cursor, last, Patience(config.train.early_stopping, marker.loop))
 
 
 class _Told(logging.Handler):

@@ -32,7 +32,8 @@ from metatrain.train import not_finite
 from metatrain.train.guard import Guard
 from metatrain.train.not_finite import BadStep
 from metatrain.train.outer import DenseOptimizer
-from metatrain.train.step import OuterLoop, open_reader
+from metatrain.train.readers import open_reader
+from metatrain.train.step import OuterLoop
 from metatrain.train.worker import run_state
 
 #: Steps before the bad one whose losses are shown.

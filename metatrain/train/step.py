@@ -13,9 +13,6 @@ from torch import Tensor
 from metatrain import faults
 from metatrain.config import Config
 from metatrain.data.batch import TaskBatch
-from metatrain.data.dataset import TaskDataset
-from metatrain.data.manifest import ItemSet, Split
-from metatrain.data.quarantine import read_quarantine
 from metatrain.data.reader import BatchReader
 from metatrain.model.metamodel import Asked, MetaModel, StepOutput
 from metatrain.model.sharding import Distributed
@@ -168,26 +165,6 @@ class _Sums:
         return bool(self._sums[1] > 0)
 
 
-def open_reader(dataset: TaskDataset, config: Config, split: Split, *, keys: bool = False) -> BatchReader:
-    """A reader of a split's known items in this process: training's episodes for training users, else evaluation's.
-
-    Of training users it leaves out those of shards that the run has quarantined. With `keys` it knows the tasks' keys.
-    """
-    training = split is Split.TRAIN
-    return BatchReader.from_config(
-        dataset,
-        config.data,
-        split,
-        ItemSet.EXISTING,
-        config.data.episode if training else config.evaluate.episode,
-        config.train.seed if training else config.evaluate.seed,
-        shuffle=training,
-        features=config.model.features,
-        quarantined=read_quarantine(config.run_url, dataset).paths if training else (),
-        keys=keys,
-    )
-
-
 def validation_losses(
     distributed: Distributed,
     reader: BatchReader,
@@ -209,5 +186,5 @@ def validation_losses(
     distributed.module.train()
     dist.all_reduce(sums)
     before, after, tasks = sums.tolist()
-    assert tasks, "launch.check has found a task"
+    assert tasks, "checks.check has found a task"
     return before / tasks, after / tasks

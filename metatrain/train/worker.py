@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,7 @@ from metatrain.model.sharding import OPTIMIZER_PREFIX, Distributed, distribute
 from metatrain.observe.laps import Laps
 from metatrain.train import room
 from metatrain.train.audit import AuditLog, next_attempt
+from metatrain.train.checks import QUARANTINED, is_over, last_step
 from metatrain.train.early_stopping import Patience
 from metatrain.train.footprint import workers_plan
 from metatrain.train.guard import Guard
@@ -38,15 +39,14 @@ from metatrain.train.not_finite import BadStep, as_error, coordinates, keep
 from metatrain.train.outer import DenseOptimizer
 from metatrain.train.profile import Profile
 from metatrain.train.pulse import Asked, Pulse
+from metatrain.train.readers import open_reader
 from metatrain.train.run_record import RunRecord
-from metatrain.train.step import OuterLoop, open_reader, validation_losses
+from metatrain.train.step import OuterLoop, validation_losses
 from metatrain.train.totals import Totals
 from metatrain.train.transfer import device_batches
 
 #: Skipped steps that are said one by one; later ones are counted in the curves and at the end.
 SKIPPED_SAID = 20
-#: Under this name a checkpoint tells which shards it was trained without.
-QUARANTINED = "quarantined"
 
 
 @dataclass(frozen=True)
@@ -59,17 +59,6 @@ class Seat:
     tell: Callable[[dict[str, Any]], None]
     pulse: Pulse = field(default_factory=Pulse)
     asked: Asked = field(default_factory=Asked)
-
-
-def last_step(config: Config, steps_of: Sequence[int]) -> int:
-    """Steps of a whole run, whose epochs have `steps_of` steps."""
-    whole = sum(steps_of)
-    return min(whole, config.train.max_steps or whole)
-
-
-def is_over(config: Config, cursor: Cursor, last: int, patience: Patience) -> bool:
-    """Whether a run that stands at `cursor` is at its end."""
-    return cursor.epoch >= config.train.epochs or cursor.total >= last or patience.exhausted
 
 
 def run_state(distributed: Distributed, optimizer: DenseOptimizer) -> dict[str, Any]:

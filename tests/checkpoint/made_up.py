@@ -13,8 +13,9 @@ from torch.distributed.checkpoint import DefaultSavePlanner
 
 from metatrain import storage
 from metatrain.checkpoint import format as layout
-from metatrain.checkpoint.blocks import BLOCK, checksum
+from metatrain.checkpoint.blocks import BLOCK
 from metatrain.checkpoint.contents import CONTENTS, Contents
+from metatrain.checkpoint.format import checksum
 from metatrain.checkpoint.staging import Buffers
 from metatrain.checkpoint.writer import Writer
 

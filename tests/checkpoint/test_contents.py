@@ -16,9 +16,8 @@ from torch import Tensor
 
 from metatrain import storage
 from metatrain.checkpoint import committed_steps, read_tensors
-from metatrain.checkpoint.blocks import checksum
 from metatrain.checkpoint.contents import CONTENTS, parsed_contents
-from metatrain.checkpoint.format import MARKER, checkpoint_url, read_marker
+from metatrain.checkpoint.format import MARKER, checkpoint_url, checksum, read_marker
 from metatrain.checkpoint.listing import listed
 from metatrain.errors import CheckpointError
 from tests.checkpoint.made_up import save

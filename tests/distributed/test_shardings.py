@@ -19,9 +19,9 @@ from test_tables_sharded import SPECS, Weighted, states_of, trained_by_hand
 from metatrain.checkpoint import read_tensors
 from metatrain.config import Config, OptimizerConfig, TableConfig
 from metatrain.model.build import build_model
+from metatrain.model.choices import TableSpec
 from metatrain.model.sharding import Distributed, distribute
 from metatrain.model.table_plan import TablesPlan, Workers, plan_tables
-from metatrain.model.tables import TableSpec
 
 SHARDINGS: dict[str, dict[str, str]] = {
     "table_wise": {"*": "table_wise"},

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from metatrain.config import Config, OptimizerConfig
 from metatrain.model.build import build_model
+from metatrain.model.choices import TableSpec
 from metatrain.model.sharding import OPTIMIZER_PREFIX, distribute
 from metatrain.model.table_plan import TablesPlan
-from metatrain.model.tables import Tables, TableSpec
+from metatrain.model.tables import Tables
 
 # 11 rows divide by neither 2 nor 3; the table of one row leaves ranks without any.
 SPECS = (

@@ -24,7 +24,8 @@ from metatrain.model.build import build_model
 from metatrain.model.sharding import distribute
 from metatrain.train.not_finite import coordinates
 from metatrain.train.outer import DenseOptimizer
-from metatrain.train.step import OuterLoop, open_reader
+from metatrain.train.readers import open_reader
+from metatrain.train.step import OuterLoop
 from metatrain.train.worker import run_state
 from tests.data.tiny_dataset import write_tiny_dataset
 from tests.faults.processes import wait_for

@@ -17,7 +17,7 @@ from metatrain.meta.metaembedding import MetaEmbedding
 from metatrain.meta.mwuf import MWUF
 from metatrain.meta.ridge import Ridge
 from metatrain.model.build import build_model
-from metatrain.train.launch import located
+from metatrain.train.checks import located
 
 SCHEMA = Schema(
     features=(

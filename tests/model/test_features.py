@@ -18,11 +18,12 @@ from metatrain.meta.episode import Episodes, Examples
 from metatrain.meta.maml import MAML
 from metatrain.model import hashing
 from metatrain.model.build import build_model
+from metatrain.model.choices import TableSpec
 from metatrain.model.features import Featurizer
 from metatrain.model.learners.mlp import MLP
 from metatrain.model.metamodel import MetaModel
 from metatrain.model.places import candidate_slots
-from metatrain.model.tables import Tables, TableSpec
+from metatrain.model.tables import Tables
 
 SCHEMA = Schema(
     features=(

@@ -13,8 +13,9 @@ from metatrain.data.batch import TaskBatch
 from metatrain.data.schema import Feature, Kind, LabelKind, Level, Schema
 from metatrain.errors import ConfigError
 from metatrain.meta.learner import MetaLearner
-from metatrain.model.build import BASE_LEARNERS, META_LEARNERS, build_model
+from metatrain.model.build import build_model
 from metatrain.model.construct import named
+from metatrain.model.pair import BASE_LEARNERS, META_LEARNERS
 
 RATINGS = Schema(
     features=(

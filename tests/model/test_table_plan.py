@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from metatrain.config import Config, TableConfig
 from metatrain.errors import ConfigError
+from metatrain.model.choices import TableSpec
 from metatrain.model.table_plan import TablesPlan, Workers, plan_tables
-from metatrain.model.tables import TableSpec
 
 KINDS = ("row_wise", "table_wise", "column_wise", "data_parallel", "auto")
 

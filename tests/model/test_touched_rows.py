@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from metatrain.model.tables import Tables, TableSpec
+from metatrain.model.choices import TableSpec
+from metatrain.model.tables import Tables
 
 
 def tables() -> Tables:

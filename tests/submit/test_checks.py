@@ -15,9 +15,9 @@ from metatrain import storage
 from metatrain.cli import main
 from metatrain.config import Config, to_yaml
 from metatrain.errors import CheckpointError
-from metatrain.submit import commands
+from metatrain.submit import jobs
 from metatrain.submit.checks import check_submission
-from metatrain.train.launch import located
+from metatrain.train.checks import located
 from tests.data.tiny_dataset import write_tiny_dataset
 from tests.train.runs import recipe
 
@@ -34,7 +34,7 @@ def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     def reached(address: str | None) -> None:
         raise AssertionError(f"{address} was reached")
 
-    monkeypatch.setattr(commands, "Jobs", reached)
+    monkeypatch.setattr(jobs, "Jobs", reached)
 
 
 def submit(file: Path, config: Config, *options: str) -> int:
@@ -98,6 +98,45 @@ def test_another_dataset_under_a_name_is_a_difference(dataset: str, tmp_path: Pa
     with pytest.raises(CheckpointError, match="begun with another") as caught:
         check_submission(config.model_copy(update={"data": config.data.model_copy(update={"dataset": moved})}))
     assert caught.value.got == f"dataset: was {dataset!r}, is {moved!r}"
+
+
+#: What is wrong, by an option; what of it is told; and what its telling must not wait for.
+SOON = {
+    "an unknown field": (["--train.epocs", "3"], "epocs", ("torch", "ray", "pyarrow")),
+    "no dataset": (["--data.dataset", "nowhere"], "no task dataset here", ("torch", "ray")),
+    "a feature that is not there": (["--model.features", "colours"], "no feature of this name", ("torch", "ray")),
+    "a loss of clicks": (["--meta.loss", "binary_cross_entropy"], "for clicks", ("torch", "ray")),
+    "an episode that no task has": (["--data.episode.events_min", "10000"], "enough events", ("torch", "ray")),
+    "another's name": (["--run.name", "taken"], "meta.rate: was 0.5, is 0.02", ("torch", "ray")),
+    "a pattern that adapts nothing": (["--meta.adapt", "tail.*"], "tail.*", ("torchrec", "ray")),
+    "a pair that makes no sense": (["--meta.algorithm", "matching"], "", ("torchrec", "ray")),
+}
+# As `python -m metatrain`, and then the modules that it had imported.
+SAYING = (
+    "import sys, metatrain.cli\n"
+    "try: metatrain.cli.main(sys.argv[1:])\n"
+    "finally: print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("what", SOON)
+def test_a_refusal_waits_for_no_more_than_it_needs(what: str, dataset: str, tmp_path: Path):
+    """Importing torch, TorchRec and Ray takes ten times as long as all else. Nobody listens at the address."""
+    options, told, unneeded = SOON[what]
+    config = recipe(dataset, str(tmp_path / "runs"), "broken")
+    (tmp_path / "recipe.yaml").write_text(to_yaml(config))
+    other = config.model_copy(update={"meta": config.meta.model_copy(update={"rate": 0.5})})
+    storage.write_atomic(storage.join(str(tmp_path / "runs"), "taken", "config.yaml"), to_yaml(other))
+    command = [sys.executable, "-W", "ignore", "-c", SAYING, "submit", str(tmp_path / "recipe.yaml")]
+    ended = subprocess.run(
+        [*command, "--address", "http://127.0.0.1:1", *options], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert ended.returncode == 2
+    assert told in ended.stderr
+    imported = set(ended.stdout.split())
+    assert "metatrain" in imported
+    assert not imported & set(unneeded)
 
 
 @pytest.mark.timeout(60)

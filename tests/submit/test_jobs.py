@@ -16,7 +16,7 @@ from metatrain.config import validated
 from metatrain.errors import ClusterError, ConfigError
 from metatrain.submit import jobs as module
 from metatrain.submit.jobs import ENTRYPOINT, RUN, Jobs
-from metatrain.train.launch import RECIPE_VARIABLE
+from metatrain.train.checks import RECIPE_VARIABLE
 
 CONFIG = validated({"run": {"name": "My run!", "storage": "/shared/runs"}}, where="test")
 

@@ -19,7 +19,7 @@ from metatrain.errors import ConfigError
 from metatrain.model.build import build_model
 from metatrain.train.profile import Profile
 from metatrain.train.pulse import Pulse
-from metatrain.train.step import open_reader
+from metatrain.train.readers import open_reader
 from tests.data.tiny_dataset import write_tiny_dataset
 from tests.train.runs import recipe
 

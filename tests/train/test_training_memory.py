@@ -22,7 +22,8 @@ from metatrain.data.manifest import Split
 from metatrain.model.build import build_model
 from metatrain.model.sharding import distribute
 from metatrain.train.outer import DenseOptimizer
-from metatrain.train.step import OuterLoop, open_reader
+from metatrain.train.readers import open_reader
+from metatrain.train.step import OuterLoop
 
 torch.set_num_threads(1)
 config = load_config(sys.argv[1])
