@@ -142,8 +142,9 @@ def _container(name: str, image: str, cpus: int, gibibytes: int, gpus: int = 0) 
 
 
 def _dns_name(name: str) -> str:
-    """A name that Kubernetes takes: KubeRay adds up to 16 characters to it for the cluster's services."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40].strip("-") or "run"
+    """A name that KubeRay takes: it begins with a letter, and services of the cluster have up to 16 characters more."""
+    words = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "run"
+    return (words if words[0].isalpha() else f"run-{words}")[:40].strip("-")
 
 
 class _Dumper(yaml.SafeDumper):

@@ -1,4 +1,8 @@
-"""The manifests of cluster/ and those that `metatrain submit --render` writes, against their readers' schemas."""
+"""The manifests of cluster/ and those that `metatrain submit --render` writes, against their readers' schemas.
+
+Of three kinds: KubeRay's fields by a schema that was written here after KubeRay's types, and by what its operator
+refuses beyond them; pods by Kubernetes' own schema, of the package kubernetes-validate; `ray up` by Ray's own.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +12,43 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import kubernetes_validate
 import pytest
 import ray
 import yaml
+from packaging.version import Version
 
 from metatrain.config import load_config, validated
 from metatrain.submit.jobs import ENTRYPOINT
 from metatrain.submit.rayjob import manifest
-from metatrain.train.launch import RECIPE_VARIABLE
+from metatrain.train.checks import RECIPE_VARIABLE
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = yaml.safe_load((Path(__file__).parent / "kuberay-v1.6.schema.yaml").read_text())
 TABLES = 3 * 1024**3
+#: Two releases of those that kubernetes-validate knows: an older one and the newest.
+KUBERNETES = ("1.33", "1.37")
 
 
 def check(kind: str, text: str) -> dict[str, Any]:
     """The parsed manifest, which has that kind and KubeRay's fields."""
     found = yaml.safe_load(text)
     jsonschema.validate(found, {**SCHEMA["$defs"][kind], "$defs": SCHEMA["$defs"]})
+    check_cluster(found["spec"]["rayClusterSpec"] if kind == "RayJob" else found["spec"])
     return found
+
+
+def check_cluster(spec: dict[str, Any]) -> None:
+    """What KubeRay's operator refuses though its types allow it, and Kubernetes' view of the pods."""
+    assert spec["authOptions"]["mode"] == "token"
+    assert Version(spec["rayVersion"]) >= Version("2.52.0")  # of tokens; 2.47 is that of the second autoscaler
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        assert "restartPolicy" not in group["template"]["spec"], "the second autoscaler makes pods anew"
+        for version in KUBERNETES:
+            pods = {"apiVersion": "v1", "kind": "PodTemplate", "template": group["template"]}
+            kubernetes_validate.validate(pods, version, strict=True)
+    for group in spec["workerGroupSpecs"]:
+        assert 0 <= group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
 
 
 def test_the_schema_is_one():
@@ -66,6 +88,21 @@ def test_pods_hold_what_the_run_takes():
     assert (readers["replicas"], readers["minReplicas"], readers["maxReplicas"]) == (2, 2, 2)
 
 
+@pytest.mark.parametrize(
+    ("run", "job"),
+    [
+        ("My Run_2", "my-run-2"),
+        ("1m-users", "run-1m-users"),
+        ("_", "run"),
+        ("x" * 60, "x" * 40),
+        ("2" * 60, "run-" + "2" * 36),
+    ],
+)
+def test_any_name_of_a_run_becomes_one_that_kubernetes_takes(run: str, job: str):
+    config = validated({"run": {"name": run}}, "test")
+    assert check("RayJob", manifest(config, "metatrain:1", {}, TABLES))["metadata"]["name"] == job
+
+
 def test_a_range_of_workers_is_one_of_pods():
     raw = {"train": {"workers": {"min": 2, "max": 6}}}
     job = check("RayJob", manifest(validated(raw, "test"), "metatrain:1", {}, TABLES))
@@ -78,6 +115,17 @@ def test_a_misspelt_field_would_be_found():
     job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]["toleration"] = []
     with pytest.raises(jsonschema.ValidationError, match="toleration"):
         check("RayJob", yaml.safe_dump(job))
+
+
+@pytest.mark.parametrize(
+    ("where", "value"), [("tolerations", [{"key": 1}]), ("containers", [{"name": "a", "resources": {"limits": 2}}])]
+)
+def test_kubernetes_own_schema_sees_the_pods(where: str, value: Any):
+    job = yaml.safe_load(manifest(load_config(str(ROOT / "configs/demo.yaml")), "metatrain:1", {}, TABLES))
+    spec = job["spec"]["rayClusterSpec"]
+    spec["workerGroupSpecs"][0]["template"]["spec"][where] = value
+    with pytest.raises(kubernetes_validate.ValidationError):
+        check_cluster(spec)
 
 
 def test_the_rayjob_of_the_repository_is_what_is_rendered():
