@@ -35,7 +35,7 @@ class FastWeights:
 
     weights: Tensors  # parameter name → [T, *shape]
     rows: Tensors  # adapted feature → [T, R, D]
-    steps: Tensor | None = None  # see `link.Staircase.steps_of`; None: as before adaptation
+    steps: Tensor | None = None  # see `link.Staircase.steps_of`; None: those that all tasks share
 
     def tasks(self, start: int, stop: int) -> FastWeights:
         """The tasks from `start` to `stop`."""

@@ -1,7 +1,7 @@
 """What a meta-learner sees of a batch: padded tensors, torch alone.
 
 Symbols: T tasks, E events (padded), F width of the fixed inputs, R rows of one adapted feature in a task (padded),
-M ids of that feature in one event (padded), D embedding width.
+M ids of that feature in one event (padded), D embedding width, H width of a representation.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ class Examples:
     slots: dict[str, Slots]  # adapted feature → the rows its events use
     labels: Tensor  # float [T, E]
     mask: Tensor  # float [T, E]: 1 for an event, 0 for padding
+    #: float [T, E, H]: what the base learner represents the events by, where that was made once an item and not once an
+    #: event (see `learner.MetaLearner.by_items`). `x` is then [T, 1, F], the task's columns and zeros.
+    represented: Tensor | None = None
 
     def tasks(self, start: int, stop: int) -> Examples:
         """The tasks from `start` to `stop`."""
@@ -36,6 +39,7 @@ class Examples:
             {name: Slots(s.index[start:stop], s.mask[start:stop]) for name, s in self.slots.items()},
             self.labels[start:stop],
             self.mask[start:stop],
+            None if self.represented is None else self.represented[start:stop],
         )
 
 
@@ -68,8 +72,8 @@ class Sizes(NamedTuple):
     def of(cls, support: Examples, query: Examples, rows: dict[str, Tensor]) -> Sizes:
         """Of tasks with such a support, query and initial rows."""
         x, shapes = support.x, {name: (own.shape[1], own.shape[2]) for name, own in rows.items()}
-        tasks, events, inputs = x.shape
-        return cls(tasks, events, query.labels.shape[1], inputs, shapes, x.requires_grad, x.element_size())
+        tasks, events = support.labels.shape
+        return cls(tasks, events, query.labels.shape[1], x.shape[2], shapes, x.requires_grad, x.element_size())
 
 
 def gather_rows(rows: dict[str, Tensor], slots: dict[str, Slots]) -> list[Tensor]:

@@ -60,6 +60,8 @@ class Kernel(MetaLearner):
         ValueError: The base learner doesn't represent, an option is the other kind's, or out of its range.
     """
 
+    by_items = True
+
     def __init__(
         self,
         learner: nn.Module,
@@ -94,7 +96,7 @@ class Kernel(MetaLearner):
     def adapt(self, support: Examples, rows: Tensors) -> FastWeights:
         """See `MetaLearner.adapt`: the support's `representation` [T, S, H], its `coefficient` [T, S],
         and of a smoother `mask` [T, S]."""
-        h, scores = self.represented(self._learner, self.inputs(support, rows))
+        h, scores = self.represented(self._learner, self.inputs(support, rows), support.represented)
         expected = torch.sigmoid(scores) if self._logits else scores
         error_TS = (support.labels - expected) * support.mask
         if self.kind == "smoother":
@@ -110,7 +112,7 @@ class Kernel(MetaLearner):
 
     def predict(self, fast: FastWeights, examples: Examples) -> Tensor:
         """See `MetaLearner.predict`."""
-        h, scores = self.represented(self._learner, self.inputs(examples, fast.rows))
+        h, scores = self.represented(self._learner, self.inputs(examples, fast.rows), examples.represented)
         known, coefficient_TS = fast.weights["representation"], fast.weights["coefficient"]
         if self.kind == "gaussian_process":
             return scores + (self._kernel(h, known) @ coefficient_TS.unsqueeze(-1)).squeeze(-1)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,8 @@ class Represents(Protocol):
     """A base learner whose score is read off a representation: what closed-form and metric-based methods need."""
 
     represented: int  # H
+    #: Whether an event's representation is its item's, whoever's event it is and whatever the event's own features say.
+    of_items: bool
 
     def represent(self, x: Tensor) -> Tensor:
         """Inputs [..., E, F] → representations [..., E, H]."""
@@ -104,6 +106,10 @@ class MetaLearner(nn.Module):
         #: From scores to predictions, where that is more than the identity: the builder's to set (see `link`).
         self.link: Staircase | None = None
 
+    #: Whether all that the method reads of items is what `represented` gives: items may then be represented once a
+    #: batch, however many events they have.
+    by_items: ClassVar[bool] = False
+
     # --- a method's own --------------------------------------------------------------------------------------------
 
     def adapt(self, support: Examples, rows: Tensors) -> FastWeights:
@@ -126,8 +132,9 @@ class MetaLearner(nn.Module):
 
     def unadapted(self, support: Examples, rows: Tensors) -> FastWeights:
         """The state of T tasks about whose users nothing is known; `support` gives shapes alone."""
-        nothing = Examples(support.x, support.slots, torch.zeros_like(support.labels), torch.zeros_like(support.mask))
-        return self.adapt(nothing, rows)
+        return self.adapt(
+            replace(support, labels=torch.zeros_like(support.labels), mask=torch.zeros_like(support.mask)), rows
+        )
 
     def adapt_whole(self, support: Examples, rows: Tensors) -> FastWeights:
         """The adapted state with the link's own part: what `predictions` go by. Arguments as of `adapt`."""
@@ -135,6 +142,14 @@ class MetaLearner(nn.Module):
         if self.link is None or not self.link.own:
             return fast
         return replace(fast, steps=self.link.steps_of(self.predict(fast, support), support.labels, support.mask))
+
+    def unadapted_whole(self, support: Examples, rows: Tensors) -> FastWeights:
+        """The state without adaptation with the link's own part. Arguments as of `unadapted`."""
+        fast = self.unadapted(support, rows)
+        if self.link is None or not self.link.own:
+            return fast
+        none = support.labels[:, :0]
+        return replace(fast, steps=self.link.steps_of(none, none, none))
 
     def predictions(self, fast: FastWeights, examples: Examples) -> Tensor:
         """Predictions [T, E] of each task's events in its adapted state: its scores, by way of the link."""
@@ -153,7 +168,7 @@ class MetaLearner(nn.Module):
         if self.link is not None:
             total = total + self.link.order_loss(scores, query.labels, query.mask).sum()
         with torch.no_grad():
-            before = self.task_losses(self.predictions(self.unadapted(support, rows), query), query)
+            before = self.task_losses(self.predictions(self.unadapted_whole(support, rows), query), query)
         return QueryLoss(total, after.detach(), before)
 
     def candidates(self) -> Sequence[Mapping[str, float]]:
@@ -213,11 +228,27 @@ class MetaLearner(nn.Module):
         with self.autocast(x.device.type):
             return self.learner(x)
 
-    def represented(self, learner: Represents, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Representations [T, E, H] and scores [T, E] of inputs, made at one go, both in the inputs' type."""
+    def represented(self, learner: Represents, x: Tensor, of_items: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Representations [T, E, H] and scores [T, E] of inputs, made at one go, both in the inputs' type.
+
+        Args:
+            learner: The base learner.
+            x: Its inputs [T, E, F + ΣD].
+            of_items: The representations, where they are there already (`Examples.represented`).
+        """
         with self.autocast(x.device.type):
-            h = learner.represent(x)
+            h = learner.represent(x) if of_items is None else of_items
             return h.to(x.dtype), learner.score(h, x).to(x.dtype)
+
+    @property
+    def represents_items(self) -> bool:
+        """Whether items can be represented once a batch, by `item_representations`."""
+        return self.by_items and not self.adapt_rows and bool(getattr(self.learner, "of_items", False))
+
+    def item_representations(self, x: Tensor) -> Tensor:
+        """What the base learner represents U items by: inputs [U, F] without a task and an event → [U, H]."""
+        with self.autocast(x.device.type):
+            return cast(Represents, self.learner).represent(x).to(x.dtype)
 
     def autocast(self, device: str) -> contextlib.AbstractContextManager[Any]:
         """Where the base learner's products run in `precision`."""

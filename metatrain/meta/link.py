@@ -13,7 +13,8 @@ People use the levels differently: one gives threes for what another gives fours
 never does. So tasks may have thresholds and widths of their own, as in Koren and Sill 2011, "OrdRec: an ordinal model
 for predicting personalized item rating distributions". There they are fitted a user; here a network learns to move them
 by what the support shows: how many of its labels lie below each threshold beyond what its fitted scores would have
-there (the gradient of an ordinal likelihood in tₖ), and how far labels are from scores. Without support nothing moves.
+there (the gradient of an ordinal likelihood in tₖ), and how far labels are from scores. Tasks without support, whose
+scores are furthest from the labels, have steps that they share.
 
 Symbols: T tasks, S support events, E events, L levels.
 """
@@ -90,7 +91,8 @@ class Staircase(nn.Module):
         return SLOPE * scores + (1 - SLOPE) * (self.low + self.gap * rises.sum(-1))
 
     def steps_of(self, scores: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        """How each task's thresholds (in gaps) and log widths differ from the shared ones: [T, 2 (L - 1)].
+        """How each task's thresholds (in gaps) and log widths differ from the shared ones: [T, 2 (L - 1)]. They are
+        the same of all tasks without support.
 
         Args:
             scores: [T, S], of the support's events in the task's adapted state.
@@ -105,7 +107,7 @@ class Staircase(nn.Module):
         variance_T1 = (squares_T1 + prior * _VARIANCE) / (count_T1 + prior)
         known_T1 = count_T1 / (count_T1 + prior)
         seen = torch.cat([4 * surplus_TK, variance_T1.log(), known_T1], dim=-1)
-        return self.personal(seen) * (count_T1 > 0)
+        return self.personal(seen)
 
     def order_loss(self, scores: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         """What keeps scores themselves near the labels, and so events of one step in order: [T, E] → [T]."""

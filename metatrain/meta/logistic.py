@@ -43,6 +43,8 @@ class Logistic(MetaLearner):
         ValueError: The base learner doesn't represent, scores are no logits, or a setting is out of its range.
     """
 
+    by_items = True
+
     def __init__(
         self,
         learner: nn.Module,
@@ -72,13 +74,13 @@ class Logistic(MetaLearner):
 
     def adapt(self, support: Examples, rows: Tensors) -> FastWeights:
         """See `MetaLearner.adapt`: the regressions' `weight` [T, K], in units of `_regressors`."""
-        h, scores = self.represented(self._learner, self.inputs(support, rows))
+        h, scores = self.represented(self._learner, self.inputs(support, rows), support.represented)
         weight = newton.weights(self._regressors(h), support.labels, support.mask, scores, self.newton_steps)
         return FastWeights({"weight": weight}, rows)
 
     def predict(self, fast: FastWeights, examples: Examples) -> Tensor:
         """See `MetaLearner.predict`: logits."""
-        h, scores = self.represented(self._learner, self.inputs(examples, fast.rows))
+        h, scores = self.represented(self._learner, self.inputs(examples, fast.rows), examples.represented)
         return scores + torch.einsum("tek,tk->te", self._regressors(h), fast.weights["weight"])
 
     def unadapted(self, support: Examples, rows: Tensors) -> FastWeights:

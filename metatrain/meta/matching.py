@@ -50,6 +50,8 @@ class Matching(MetaLearner):
         ValueError: The base learner doesn't represent, or a setting is out of its range.
     """
 
+    by_items = True
+
     def __init__(
         self,
         learner: nn.Module,
@@ -72,14 +74,14 @@ class Matching(MetaLearner):
 
     def adapt(self, support: Examples, rows: Tensors) -> FastWeights:
         """See `MetaLearner.adapt`: the support's `direction` [T, S, H], `error` [T, S] and `mask` [T, S]."""
-        h, scores = self.represented(self._learner, self.inputs(support, rows))
+        h, scores = self.represented(self._learner, self.inputs(support, rows), support.represented)
         expected = scores if self.log_gain is None else torch.sigmoid(scores)
         error_TS = (support.labels - expected) * support.mask
         return FastWeights({"direction": _direction(h), "error": error_TS, "mask": support.mask}, rows)
 
     def predict(self, fast: FastWeights, examples: Examples) -> Tensor:
         """See `MetaLearner.predict`."""
-        h, scores = self.represented(self._learner, self.inputs(examples, fast.rows))
+        h, scores = self.represented(self._learner, self.inputs(examples, fast.rows), examples.represented)
         cosine_TES = _direction(h) @ fast.weights["direction"].mT
         logits_TES = (cosine_TES * torch.exp(-self.log_temperature)).masked_fill(
             fast.weights["mask"].unsqueeze(-2) == 0, -torch.inf

@@ -47,6 +47,8 @@ class Prototypical(MetaLearner):
         ValueError: The base learner doesn't represent, or a setting is out of its range.
     """
 
+    by_items = True
+
     def __init__(
         self,
         learner: nn.Module,
@@ -76,14 +78,14 @@ class Prototypical(MetaLearner):
 
     def adapt(self, support: Examples, rows: Tensors) -> FastWeights:
         """See `MetaLearner.adapt`: the linear form, `weight` [T, H] and `bias` [T]."""
-        h_TSH, _ = self.represented(self._learner, self.inputs(support, rows))
+        h_TSH, _ = self.represented(self._learner, self.inputs(support, rows), support.represented)
         liked_TS = (support.labels >= self.relevant_from).to(h_TSH.dtype) * support.mask
         kinds_T2S = torch.stack([liked_TS, support.mask - liked_TS], dim=1)
         return FastWeights(self._linear(kinds_T2S @ h_TSH, kinds_T2S.sum(-1)), rows)
 
     def predict(self, fast: FastWeights, examples: Examples) -> Tensor:
         """See `MetaLearner.predict`."""
-        h, scores = self.represented(self._learner, self.inputs(examples, fast.rows))
+        h, scores = self.represented(self._learner, self.inputs(examples, fast.rows), examples.represented)
         return scores + torch.einsum("teh,th->te", h, fast.weights["weight"]) + fast.weights["bias"].unsqueeze(-1)
 
     def unadapted(self, support: Examples, rows: Tensors) -> FastWeights:

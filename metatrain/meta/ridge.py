@@ -37,6 +37,8 @@ class Ridge(MetaLearner):
         ValueError: The base learner doesn't represent, or scores are logits.
     """
 
+    by_items = True
+
     def __init__(
         self,
         learner: nn.Module,
@@ -60,14 +62,14 @@ class Ridge(MetaLearner):
 
     def adapt(self, support: Examples, rows: Tensors) -> FastWeights:
         """See `MetaLearner.adapt`: the regressions' `weight` [T, K], in units of `_regressors`."""
-        h, scores = self.represented(self._learner, self.inputs(support, rows))
+        h, scores = self.represented(self._learner, self.inputs(support, rows), support.represented)
         x_TSK = self._regressors(h) * support.mask.unsqueeze(-1)
         y_TS = (support.labels - scores) * support.mask
         return FastWeights({"weight": ridge(x_TSK, y_TS)}, rows)
 
     def predict(self, fast: FastWeights, examples: Examples) -> Tensor:
         """See `MetaLearner.predict`."""
-        h, scores = self.represented(self._learner, self.inputs(examples, fast.rows))
+        h, scores = self.represented(self._learner, self.inputs(examples, fast.rows), examples.represented)
         return scores + torch.einsum("tek,tk->te", self._regressors(h), fast.weights["weight"])
 
     def unadapted(self, support: Examples, rows: Tensors) -> FastWeights:

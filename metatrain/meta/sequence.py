@@ -49,6 +49,8 @@ class SequenceAttention(MetaLearner):
         ValueError: The base learner doesn't represent, the heads don't divide the width, or a number is too small.
     """
 
+    by_items = True
+
     def __init__(
         self,
         learner: nn.Module,
@@ -86,7 +88,7 @@ class SequenceAttention(MetaLearner):
 
     def adapt(self, support: Examples, rows: Tensors) -> FastWeights:
         """See `MetaLearner.adapt`: `keys` and `values` [T, 1 + S, A], the null key first, and their `mask`."""
-        h, scores = self.represented(self._learner, self.inputs(support, rows))
+        h, scores = self.represented(self._learner, self.inputs(support, rows), support.represented)
         expected = scores.sigmoid() if self.loss == "binary_cross_entropy" else scores
         surprise = (support.labels - expected).unsqueeze(-1)
         z_TSA = self.event(torch.cat([h, surprise], dim=-1)) + self.position[ages(support.mask, len(self.position))]
@@ -97,7 +99,7 @@ class SequenceAttention(MetaLearner):
 
     def predict(self, fast: FastWeights, examples: Examples) -> Tensor:
         """See `MetaLearner.predict`."""
-        h, scores = self.represented(self._learner, self.inputs(examples, fast.rows))
+        h, scores = self.represented(self._learner, self.inputs(examples, fast.rows), examples.represented)
         o_TQA = self.attention(h, fast.weights["keys"], fast.weights["values"], fast.weights["mask"])
         w = self.weights(o_TQA)
         return scores + (w[..., :-1] * h).sum(-1) + w[..., -1]

@@ -11,12 +11,13 @@ feature in a task (padded), D embedding width, n entities of a level: T, U or N.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from metatrain.config import ModelConfig
 from metatrain.data.batch import Column, Ragged, TaskBatch
@@ -160,6 +161,7 @@ class Featurizer(nn.Module):
         rows: Mapping[str, Tensor],
         ids: Mapping[str, Tensor],
         buckets: Sequence[Bucket] | None = None,
+        represent: Callable[[Tensor], Tensor] | None = None,
     ) -> list[Assembled]:
         """Padded episodes of a batch, one `Assembled` a bucket.
 
@@ -168,6 +170,8 @@ class Featurizer(nn.Module):
             rows: What the tables found for `ids`.
             ids: As given to the tables (after dropout).
             buckets: Which tasks are padded to which lengths. Default: all of them to the longest, in one.
+            represent: Makes what the episodes hold of items, [U, H], of inputs [U, F] that have the items' part alone;
+                events have no features of their own. Default: the episodes hold whole inputs.
         """
         where = places(batch, buckets if buckets is not None else [whole(batch)])
         task_x = self.vectors(Level.TASK, batch.task_features, rows, batch.size)
@@ -175,16 +179,23 @@ class Featurizer(nn.Module):
         item_x = self.vectors(Level.ITEM, batch.item_features, rows, batch.items.shape[0])
         event_x = self.vectors(Level.EVENT, batch.event_features, rows, batch.labels.shape[0])
         items = picked(batch.event_items[:, None], where.event).squeeze(-1)
-        parts = [picked(task_x, where.task), picked(item_x, items), picked(event_x, where.event)]
         mask = where.mask.to(torch.float32)
         # All buckets' inputs are gathered at once, and each gets a view: one gradient a table row, not one a bucket.
-        x = where.split(torch.cat(parts, dim=-1) * mask[:, None])
+        if represent is None:
+            parts = [picked(task_x, where.task), picked(item_x, items), picked(event_x, where.event)]
+            x, represented = where.split(torch.cat(parts, dim=-1) * mask[:, None]), None
+        else:
+            # An event's input is wide, its representation is not: gathered and differentiated, it costs a fraction.
+            represented = where.split(picked(represent(pad(item_x, (task_x.shape[1], 0))), items) * mask[:, None])
+            of_tasks = pad(task_x, (0, item_x.shape[1])).unsqueeze(1)
+            x = [of_tasks.index_select(0, bucket.tasks) for bucket in where.buckets for _ in range(2)]
         labels = where.split(picked(batch.labels[:, None], where.event).squeeze(-1) * mask)
         masks = where.split(mask)
         adapted = {n: self._adapted(f, batch, rows[n], ids[n], where) for n, f in self.adapted.items()}
 
         def examples(i: int) -> Examples:
-            return Examples(x[i], {name: own.slots[i] for name, own in adapted.items()}, labels[i], masks[i])
+            slots = {name: own.slots[i] for name, own in adapted.items()}
+            return Examples(x[i], slots, labels[i], masks[i], represented[i] if represented else None)
 
         return [
             Assembled(

@@ -110,7 +110,7 @@ class MetaModel(nn.Module):
         laps.lap("lookup")
         if batch.size:
             buckets = self._buckets(batch)
-            assembled = self.featurizer.assemble(batch, found.features, ids, buckets)
+            assembled = self.featurizer.assemble(batch, found.features, ids, buckets, self._represent)
             if self.training:
                 assembled = self.featurizer.without_supports(assembled, batch.tasks, buckets, step)
             laps.lap("assemble")
@@ -164,7 +164,7 @@ class MetaModel(nn.Module):
         """
         (assembled,) = self._assembled(batch)
         support, rows = assembled.episodes.support, assembled.episodes.rows
-        return AdaptedTasks((self.meta.adapt_whole if adapted else self.meta.unadapted)(support, rows), assembled)
+        return AdaptedTasks((self.meta.adapt_whole if adapted else self.meta.unadapted_whole)(support, rows), assembled)
 
     @torch.no_grad()
     def score_items(self, adapted: AdaptedTasks, item_features: Mapping[str, Column]) -> Tensor:
@@ -244,9 +244,13 @@ class MetaModel(nn.Module):
             batch.support_lengths, batch.query_lengths, self.featurizer.fixed_width, self.featurizer.row_widths
         )
 
+    @property
+    def _represent(self) -> Callable[[Tensor], Tensor] | None:
+        return self.meta.item_representations if self.meta.represents_items else None
+
     def _assembled(self, batch: TaskBatch, buckets: list[Bucket] | None = None) -> list[Assembled]:
         ids = self.featurizer.ids(batch)
-        return self.featurizer.assemble(batch, self.tables(ids), ids, buckets)
+        return self.featurizer.assemble(batch, self.tables(ids), ids, buckets, self._represent)
 
     def _in_chunks(self, episodes: Episodes, adapted: bool) -> Tensor:
         """Scores of the query, adapted on the support or not, in pieces that fit the meta-learner's memory."""
@@ -255,7 +259,7 @@ class MetaModel(nn.Module):
         parts = []
         for start in range(0, episodes.size, chunk):
             few = support.tasks(start, start + chunk), {n: own[start : start + chunk] for n, own in rows.items()}
-            fast = (self.meta.adapt_whole if adapted else self.meta.unadapted)(*few)
+            fast = (self.meta.adapt_whole if adapted else self.meta.unadapted_whole)(*few)
             parts.append(self.meta.predictions(fast, query.tasks(start, start + chunk)))
         return torch.cat(parts)
 

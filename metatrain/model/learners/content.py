@@ -63,6 +63,7 @@ class ContentBased(nn.Module):
             raise ValueError(f"width must be at least 1, got {width}")
         #: D, the width of an item's vector.
         self.represented = width
+        self.of_items = not len(layout.of("event"))
         self.register_buffer("content_columns", layout.where(is_content), persistent=False)
         self.register_buffer("task_columns", layout.of("task"), persistent=False)
         self.register_buffer("offset", torch.tensor(float(offset)))

@@ -60,6 +60,7 @@ class Factorisation(nn.Module):
             raise ValueError("a factorisation needs the item's id or features of items: add to model.features")
         #: D, the width of an item's vector.
         self.represented = len(id_columns) or width
+        self.of_items = not len(layout.of("event"))
         self.register_buffer("id_columns", id_columns, persistent=False)
         self.register_buffer("content_columns", content, persistent=False)
         self.register_buffer("task_columns", layout.of("task"), persistent=False)
