@@ -16,6 +16,11 @@ by what the support shows: how many of its labels lie below each threshold beyon
 there (the gradient of an ordinal likelihood in tₖ), and how far labels are from scores. Tasks without support, whose
 scores are furthest from the labels, have steps that they share.
 
+Predictions on one step are ranked by their scores. What a list is worth is counted in gains, 2^r - 1 (Järvelin and
+Kekäläinen 2002; Burges et al. 2005), so the score to rank by is the expected gain, not the expected label: of two items
+of one mean, that which some love. Scores are therefore taught half by labels, half by gains on the labels' scale; the
+way from there to a level is the staircase's to learn.
+
 Symbols: T tasks, S support events, E events, L levels.
 """
 
@@ -34,6 +39,8 @@ ORDER_SHARE = 0.3
 #: The same where tasks have levels of their own: absolute errors then teach items' vectors so little that, with the
 #: share above, they stay small and nDCG falls.
 ORDER_SHARE_OWN = 1.0
+#: Share of gains in what scores are taught, beside labels. On MovieLens-1M it brings nDCG up and costs no error.
+GAIN_SHARE = 0.5
 #: ε: costs a hundredth of the gain, and is far above float32's rounding.
 SLOPE = 0.01
 #: Hidden units from the support's use of the levels to a task's steps: with 16 some seeds learn slowly.
@@ -64,6 +71,7 @@ class Staircase(nn.Module):
         gap = (high - low) / (levels - 1)
         self.register_buffer("low", torch.tensor(float(low)), persistent=False)
         self.register_buffer("gap", torch.tensor(gap), persistent=False)
+        self.range = float(low), float(high)
         self.thresholds = nn.Parameter(low + gap * (torch.arange(levels - 1) + 0.5))
         # Sigmoids a third of a gap wide add up to nearly the identity between the first and the last threshold.
         self.log_widths = nn.Parameter(torch.full((levels - 1,), gap / 3).log())
@@ -110,6 +118,15 @@ class Staircase(nn.Module):
         return self.personal(seen)
 
     def order_loss(self, scores: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        """What keeps scores themselves near the labels, and so events of one step in order: [T, E] → [T]."""
+        """What keeps scores themselves near what events are worth, and so those of one step in order: [T, E] → [T]."""
         share = ORDER_SHARE_OWN if self.own else ORDER_SHARE
-        return share * mean_over_events((scores - labels).square(), mask)
+        return share * mean_over_events((scores - self.worth(labels)).square(), mask)
+
+    def worth(self, labels: Tensor) -> Tensor:
+        """What scores are taught of events with such labels, on the labels' scale: from the least to the greatest."""
+        low, high = self.range
+        # Of scales within 0 to 10 gains are those of the labels as they are, as in evaluation; others are mapped to 5.
+        stars = high - low if low >= 0 and high <= 10 else 5.0
+        relative = (labels - low) / (high - low)
+        gains = low + (high - low) * torch.expm1(relative * (stars * math.log(2.0))) / (2.0**stars - 1.0)
+        return (1 - GAIN_SHARE) * labels + GAIN_SHARE * gains

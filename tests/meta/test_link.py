@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from contract import LAYOUT, check_contract, made_up
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from metatrain.config import EvaluateConfig
+from metatrain.data.schema import LabelKind, Schema
+from metatrain.evaluate.protocols import Judge
 from metatrain.meta.link import ORDER_SHARE, ORDER_SHARE_OWN, Staircase
 from metatrain.meta.ridge import Ridge
 from metatrain.model.learners.factorisation import Factorisation
@@ -23,12 +27,23 @@ def test_starts_near_the_identity():
 
 
 @given(st.lists(st.floats(-3, 9), min_size=2, max_size=20), st.floats(-4, 0))
+@settings(deadline=None)  # of time: a busy machine is no error
 def test_keeps_the_order_of_scores_however_sharp_it_is(values: list[float], log_width: float):
     scores = torch.tensor(sorted(set(values)), dtype=torch.float64)
     staircase = Staircase(1, 5, 5).double()
     staircase.log_widths.data.fill_(log_width)
     found = staircase(scores)
     assert (found[1:] > found[:-1]).all() or (scores.diff() < 1e-6).any()
+
+
+@pytest.mark.parametrize(("low", "high"), [(1.0, 5.0), (0.5, 5.0), (-10.0, 10.0), (0.0, 100.0)])
+def test_scores_are_taught_half_by_gains_as_evaluation_counts_them(low: float, high: float):
+    schema = Schema(features=(), label=LabelKind.RATING, label_mean=0, label_deviation=1, label_min=low, label_max=high)
+    labels = np.linspace(low, high, 11)
+    gains = Judge(schema, EvaluateConfig()).gains(labels)
+    on_scale = low + (high - low) * (gains - gains[0]) / (gains[-1] - gains[0])
+    found = Staircase(low, high, 5).worth(torch.tensor(labels))
+    torch.testing.assert_close(found, torch.tensor((labels + on_scale) / 2))
 
 
 def test_learns_the_median_of_stars():
@@ -114,7 +129,7 @@ def test_a_meta_learner_with_a_staircase_keeps_what_it_promises(own: bool):
     torch.testing.assert_close(meta.predictions(fast, query), meta.link(scores, fast.steps))
     torch.testing.assert_close(meta.task_losses(meta.link(scores, fast.steps), query).detach(), found.after)
     share = ORDER_SHARE_OWN if own else ORDER_SHARE
-    squares = ((scores - query.labels).square() * query.mask).sum(-1) / query.mask.sum(-1)
+    squares = ((scores - meta.link.worth(query.labels)).square() * query.mask).sum(-1) / query.mask.sum(-1)
     torch.testing.assert_close(found.total, found.after.sum() + share * squares.sum())
     check_contract(make, own_losses=True)
 
