@@ -28,14 +28,27 @@ def by_hand(meta: Ridge, x: torch.Tensor, y: torch.Tensor, query: torch.Tensor) 
         return torch.cat([learner.represent(of), torch.ones(len(of), 1, dtype=of.dtype)], 1)
 
     a = regressors(x)
-    w = torch.linalg.inv(a.T @ a + torch.diag(strengths)) @ a.T @ (y - learner(x))
+    around = torch.zeros_like(strengths)
+    if meta.rated is not None:
+        mean = learner.represent(x).sum(0) / (len(x) + 3)
+        around = meta.rated.weight @ mean / strengths.sqrt()
+    w = around + torch.linalg.inv(a.T @ a + torch.diag(strengths)) @ a.T @ (y - learner(x) - a @ around)
     return learner(query) + regressors(query) @ w
 
 
+def around_what_was_rated(**settings: object) -> Ridge:
+    torch.manual_seed(2)
+    meta = Ridge(factorisation(), rated=True, **settings)
+    assert meta.rated is not None
+    torch.nn.init.normal_(meta.rated.weight, std=0.3)  # zero at the start, and then nothing moves
+    return meta
+
+
 @pytest.mark.parametrize("support", [3, 20], ids=["fewer events than regressors", "more"])
-@pytest.mark.parametrize("loss", ["squared", "huber"])
-def test_meta_gradient_is_that_of_a_loop_over_tasks(support: int, loss: str):
-    meta = Ridge(factorisation(), loss=loss, strength=0.7, bias_strength=0.3).double()
+@pytest.mark.parametrize(("loss", "rated"), [("squared", False), ("huber", False), ("squared", True)])
+def test_meta_gradient_is_that_of_a_loop_over_tasks(support: int, loss: str, rated: bool):
+    settings = {"loss": loss, "strength": 0.7, "bias_strength": 0.3}
+    meta = (around_what_was_rated(**settings) if rated else Ridge(factorisation(), **settings)).double()
     episodes = made_up(support=support)
     losses = []
     for task in range(episodes.size):
@@ -48,7 +61,7 @@ def test_meta_gradient_is_that_of_a_loop_over_tasks(support: int, loss: str):
     expected = meta_gradient(meta, torch.stack(losses).sum())
     assert_close(meta_gradient(meta, found.total), expected)
     # In float32, where training runs.
-    single = Ridge(factorisation(), loss=loss).float()
+    single = Ridge(factorisation(), loss=loss, rated=rated).float()
     single.load_state_dict(meta.state_dict())
     assert_close(meta_gradient(single, single(made_up(support=support, dtype=torch.float32)).total), expected)
 
@@ -65,6 +78,7 @@ def test_a_ridge_is_least_squares_of_the_augmented_system(events: int, width: in
 
 def test_contract():
     check_contract(lambda: Ridge(factorisation()))
+    check_contract(around_what_was_rated)
     check_contract(lambda: Ridge(MLP(LAYOUT.width, (6,), "tanh", offset=3.0)))
 
 
