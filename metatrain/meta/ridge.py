@@ -28,7 +28,6 @@ from metatrain.meta.episode import Examples
 from metatrain.meta.learner import MetaLearner, representing
 from metatrain.meta.solve import solve
 
-
 #: Events at which the mean of what was rated counts half.
 _HALF_KNOWN = 3.0
 
