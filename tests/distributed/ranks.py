@@ -33,9 +33,10 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, seconds
         RankError: With the traceback of the first rank that raised, or the ranks that were not done in `seconds`.
     """
     context = mp.get_context("forkserver")
-    # Imported once, by the server that the ranks are forked from: TorchRec takes seconds, and a rank has none to lose.
+    # Imported once, by the server that the ranks are forked from: all that training takes is seconds, and a rank has
+    # none to lose.
     context.set_forkserver_preload(
-        ["metatrain.model.metamodel", "torch.distributed.checkpoint", "pytest", "hypothesis"]
+        ["metatrain.train.worker", "torch.distributed.checkpoint", "pytest", "hypothesis", "tests.train.runs"]
     )
     with TemporaryDirectory() as folder:
         ranks = [

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "distributed"))
 from checkpointed import Small
 from ranks import RankError, run_ranks
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(500)
 
 #: Phase → whether the new checkpoint is there after a kill in it.
 PHASES = {
@@ -32,7 +34,21 @@ PHASES = {
     "checkpoint.prune": True,
 }
 #: Both ranks copy and write; rank 0 alone commits.
-KILLS = [(phase, rank) for phase in PHASES for rank in ((0, 1) if phase in list(PHASES)[:3] else (0,))]
+KILLS = [
+    (phase, rank, full_every)
+    for phase in PHASES
+    for rank in ((0, 1) if phase in list(PHASES)[:3] else (0,))
+    for full_every in (1, 10)
+]
+
+
+@dataclass(frozen=True)
+class Killed:
+    """A run that was killed in the midst of its checkpoint at step 4."""
+
+    run: str
+    plan: str
+    full_every: int
 
 
 def train(rank: int, world_size: int, run: str, plan: str | None, full_every: int) -> dict[int, dict[str, Tensor]]:
@@ -55,30 +71,71 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str,
     return run_ranks(train, 2, str(tmp_path_factory.mktemp("run")), None, 1)[0]
 
 
+def train_all(rank: int, world_size: int, runs: list[Killed]) -> list[dict[int, dict[str, Tensor]]]:
+    """As `train`, one after the other."""
+    return [train(rank, world_size, killed.run, killed.plan, killed.full_every) for killed in runs]
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int, int], Killed]:
+    """By phase, rank and kind, a run as the kill left it."""
+    runs = {}
+    for phase, rank, full_every in KILLS:
+        folder = tmp_path_factory.mktemp("killed")
+        runs[phase, rank, full_every] = one = Killed(str(folder / "run"), str(folder / "plan.json"), full_every)
+        faults.write_plan(one.plan, [Fault(at=phase, rank=rank, step=4, action="kill")])
+        with pytest.raises(RankError):
+            run_ranks(train, 2, one.run, one.plan, full_every)
+    return runs
+
+
+@pytest.fixture(scope="module")
+def gone_on(
+    killed: dict[tuple[str, int, int], Killed], tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, int, int], tuple[str, dict[int, dict[str, Tensor]]]]:
+    """Each of them after the same again: its folder, and its states by step."""
+    runs = {}
+    for key, one in killed.items():
+        run = str(tmp_path_factory.mktemp("gone_on") / "run")
+        shutil.copytree(one.run, run)
+        runs[key] = Killed(run, one.plan, one.full_every)
+    states = run_ranks(train_all, 2, list(runs.values()))[0]  # the ranks start once for all of them
+    return {key: (one.run, found) for (key, one), found in zip(runs.items(), states, strict=True)}
+
+
 def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         assert torch.equal(tensor, other[name]), name
 
 
-@pytest.mark.parametrize("full_every", [1, 10], ids=["full", "differential"])
-@pytest.mark.parametrize(("phase", "rank"), KILLS)
+@pytest.mark.parametrize(("phase", "rank", "full_every"), KILLS)
 def test_a_kill_leaves_the_checkpoint_before_it_or_the_new_one(
-    undisturbed: dict[int, dict[str, Tensor]], tmp_path: Path, phase: str, rank: int, full_every: int
+    undisturbed: dict[int, dict[str, Tensor]],
+    killed: dict[tuple[str, int, int], Killed],
+    phase: str,
+    rank: int,
+    full_every: int,
 ) -> None:
-    run, plan = str(tmp_path / "run"), str(tmp_path / "plan.json")
-    faults.write_plan(plan, [Fault(at=phase, rank=rank, step=4, action="kill")])
-    with pytest.raises(RankError):
-        run_ranks(train, 2, run, plan, full_every)
-    (fired,) = faults.fired(plan)
-    assert (fired["at"], fired["place"]["step"]) == (phase, 4)
-    newest = committed_steps(run)[-1]
-    assert newest == (4 if PHASES[phase] else 3)
-    for step in committed_steps(run):
-        assert_equal(read_tensors(run, step), undisturbed[step])
-    # The same again goes on, clears up, and ends as if nothing had happened.
-    states = run_ranks(train, 2, run, plan, full_every)[0]
-    assert min(states) == newest + 1
+    one = killed[phase, rank, full_every]
+    (fired,) = faults.fired(one.plan)
+    assert (fired["at"], fired["place"]["step"], fired["place"]["rank"]) == (phase, 4, rank)
+    steps = committed_steps(one.run)
+    assert steps[-1] == (4 if PHASES[phase] else 3)
+    for step in steps:
+        assert_equal(read_tensors(one.run, step), undisturbed[step])
+
+
+@pytest.mark.parametrize(("phase", "rank", "full_every"), KILLS)
+def test_the_same_again_goes_on_clears_up_and_ends_as_if_nothing_had_happened(
+    undisturbed: dict[int, dict[str, Tensor]],
+    gone_on: dict[tuple[str, int, int], tuple[str, dict[int, dict[str, Tensor]]]],
+    phase: str,
+    rank: int,
+    full_every: int,
+) -> None:
+    run, states = gone_on[phase, rank, full_every]
+    assert min(states) == (5 if PHASES[phase] else 4)
     assert_equal(states[5], undisturbed[5])
     assert_equal(read_tensors(run, 5), undisturbed[5])
     assert committed_steps(run) == ([5] if full_every == 1 else [2, 5])
