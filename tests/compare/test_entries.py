@@ -151,8 +151,8 @@ def builds(config: Config) -> None:
 def test_our_protocols_go_behind_a_recipe(path: Path, tmp_path: Path):
     (tmp_path / "own.yaml").write_text(f"extends: [{CONFIGS / 'movielens-1m.yaml'}, {path}]")
     config = load_config(str(tmp_path / "own.yaml"))
-    # Training may draw from longer histories than are judged.
-    of_any_length = {"events_min": 1, "events_max": 10**9}
+    # Training may draw from longer histories than are judged, and ask for more of them.
+    of_any_length = {"events_min": 1, "events_max": 10**9, "query_max": 10**9}
     assert config.data.episode.model_copy(update=of_any_length) == config.evaluate.episode.model_copy(
         update=of_any_length
     )
