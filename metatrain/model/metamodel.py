@@ -106,7 +106,8 @@ class MetaModel(nn.Module):
         """
         laps = laps or Laps(batch.labels.device)
         ids, request = asked or self.ask(batch, step)
-        found = self.tables.lookup(request, hold)
+        laps.lap("lookup")
+        found = self.tables.lookup(request, hold, laps.lap)
         laps.lap("lookup")
         if batch.size:
             buckets = self._buckets(batch)

@@ -9,7 +9,7 @@ Symbols: n_f ids of a feature, K ids of a table in a step (unique ones, where th
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -53,20 +53,25 @@ class _Exchange:
         if isinstance(self._collection, ShardedEmbeddingCollection) and self._values is None:
             self._values = self._sizes.wait()
 
-    def rows(self) -> Mapping[str, JaggedTensor]:
+    def rows(self, mark: Callable[[str], None]) -> Mapping[str, JaggedTensor]:
         """Reads the rows and begins to send them; the first use of the result waits for them."""
         # Only what a backward pass may change: validation reads and leaves no mark.
         touched = self._touched if torch.is_grad_enabled() else None
         if not isinstance(self._collection, ShardedEmbeddingCollection):
             if touched is not None:
                 touched.mark(self._ids)
-            return self._collection(self._ids)
+            found = self._collection(self._ids)
+            mark("lookup")
+            return found
         self.send()
         asked = self._values.wait()
+        mark("exchange")
         if touched is not None:
             for ids in asked:  # of this rank's rows, by their places in its shard
                 touched.mark(ids)
-        return cast(Any, self._collection.compute_and_output_dist(self._context, asked))
+        rows = cast(Any, self._collection.compute_and_output_dist(self._context, asked))
+        mark("lookup")
+        return rows
 
 
 class _Touched:
@@ -243,17 +248,19 @@ class Tables(nn.Module):
         sizes = {feature: tensor.numel() for feature, tensor in ids.items()}
         return Request(asked, sizes, keys, positions, exchanges)
 
-    def lookup(self, request: Request, hold: bool = False) -> Lookup:
+    def lookup(self, request: Request, hold: bool = False, mark: Callable[[str], None] = lambda stage: None) -> Lookup:
         """The rows that were asked for, as they are now.
 
         Args:
             request: From `request`.
             hold: Whether gradients wait at the rows: see `Held`.
+            mark: Told "exchange" behind each wait for other ranks, and "lookup" behind the work in between.
         """
         request.send()
-        found = [(specs, exchange.rows()) for specs, exchange in request.exchanges]
+        found = [(specs, exchange.rows(mark)) for specs, exchange in request.exchanges]
         keys = request.keys
         tables = {spec.name: (keys[spec.name], rows[spec.name].values()) for specs, rows in found for spec in specs}
+        mark("exchange")
         for name, weight in self.replicated.items():
             tables[name] = keys[name], torch.nn.functional.embedding(keys[name], weight)
         held = Held() if hold else None

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-#: The stages of a training step, in their order. `lookup` and `backward` hold the exchanges between ranks, and so the
-#: wait for slower ranks.
-STAGES: tuple[str, ...] = ("wait", "copy", "lookup", "assemble", "inner_loop", "backward", "update", "rest")
+#: The stages of a training step, in their order. `exchange` is the wait for the ids and rows of other ranks, and so for
+#: slower ranks; `backward` holds the exchanges of gradients.
+STAGES: tuple[str, ...] = ("wait", "copy", "lookup", "exchange", "assemble", "inner_loop", "backward", "update", "rest")
 
 # Marks kept before they are summed: a bound, however seldom somebody asks.
 _MARKS_KEPT = 4096

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from metatrain.model.choices import TableSpec
 from metatrain.model.sharding import OPTIMIZER_PREFIX, distribute
 from metatrain.model.table_plan import TablesPlan
 from metatrain.model.tables import Tables
+from metatrain.observe.laps import Laps
 
 # 11 rows divide by neither 2 nor 3; the table of one row leaves ranks without any.
 SPECS = (
@@ -202,6 +204,25 @@ def test_checkpoint_of_two_ranks_goes_on_at_other_sizes(tmp_path: Path) -> None:
     model.eval()
     output = model(made_up_batch(6, 3).tensors(), 0, 6.0)
     assert float(output.after) == pytest.approx(expected[0], rel=1e-5)
+
+
+def waited_for_a_late_rank(rank: int, world_size: int) -> dict[str, float]:
+    """Seconds by stage of a lookup for which the last rank is half a second late."""
+    model = Weighted(True, "meta")
+    distribute(model, OptimizerConfig())
+    laps = Laps()
+    if rank == world_size - 1:
+        time.sleep(0.5)
+    laps.take()
+    model.tables.lookup(model.tables.request(ids_of_rank(0, rank, world_size)), mark=laps.lap)
+    return laps.take()
+
+
+def test_waiting_for_another_rank_is_told_apart_from_looking_up() -> None:
+    first, late = run_ranks(waited_for_a_late_rank, 2)
+    assert first["exchange"] > 0.4
+    assert first["lookup"] > 0
+    assert late["exchange"] < first["exchange"]
 
 
 def fails_on_one(rank: int, world_size: int) -> None:
