@@ -22,10 +22,12 @@ from metatrain.errors import CheckpointError
 from metatrain.evaluate import baselines
 from metatrain.evaluate.baselines import Baseline, Fitted
 from metatrain.evaluate.choice import choose_adaptation
+from metatrain.evaluate.headlines import headline_values
 from metatrain.evaluate.protocols import Judge, Measured, Partition, draws_of, measure, partitions_of
 from metatrain.evaluate.report import ADAPTED, UNADAPTED, Report
 from metatrain.evaluate.tasks import PaddedTasks, newest_support, padded
 from metatrain.evaluate.training_events import TrainingEvents, training_events
+from metatrain.observe.tensorboard import write_evaluation
 from metatrain.recommend.recommender import Recommender
 
 _log = logging.getLogger(__name__)
@@ -53,7 +55,7 @@ def evaluate_run(
         checkpoint: Step of the checkpoint. Default: the best by validation loss, or the newest.
         evaluate: Another protocol than the run's own.
         dataset: Where the run's dataset now lies, if not where it was trained.
-        write: Whether `evaluation.json`, `.txt` and `.png` are written.
+        write: Whether `evaluation.json`, `.txt` and `.png` are written, and the headlines to the run's TensorBoard.
         progress: Whether a terminal shows a bar.
         fitted: See `evaluate_recommender`.
 
@@ -67,6 +69,8 @@ def evaluate_run(
     )
     if write:
         urls = report.write(recommender.run_url)
+        judged = headline_values(report, recommender.dataset, evaluate or recommender.config.evaluate)
+        write_evaluation(recommender.run_url, judged, recommender.step)
         _log.info("wrote %s", ", ".join(urls.values()))
     return report
 

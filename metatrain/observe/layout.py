@@ -20,7 +20,7 @@ def support_names() -> tuple[str, ...]:
     return (*ranges, f"{SUPPORT_FROM[-1]} and more")
 
 
-#: What judges a run in the tab "HParams": curves with one point, at its end.
+#: What judges a run in the tab "HParams", beside what an evaluation finds: curves with one point, at its end.
 FINAL = (
     "final/validation_loss",
     "final/validation_gain",

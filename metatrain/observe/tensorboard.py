@@ -22,6 +22,24 @@ SECONDS_BETWEEN_FLUSHES = 10.0
 BYTES_A_FILE = 4 << 20
 #: Ends the names of those of training, one or more an attempt: FIRST is on an attempt's first.
 FIRST, FURTHER = ".attempt", ".attempt-further"
+#: Ends the name of the one of the last evaluation.
+EVALUATION = ".evaluation"
+
+
+def write_evaluation(run_url: str, values: Mapping[str, float], step: int) -> None:
+    """Adds what an evaluation of the checkpoint at `step` came to, in place of what an earlier one did."""
+    url = board_url(run_url)
+    before = [name for name in storage.list_folder(url) if name.endswith(EVALUATION)]
+    with tempfile.TemporaryDirectory(prefix="metatrain-tensorboard-") as folder:
+        writer = SummaryWriter(folder, filename_suffix=EVALUATION)
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+        writer.close()
+        [name] = os.listdir(folder)
+        with open(os.path.join(folder, name), "rb") as file:
+            storage.write_atomic(storage.join(url, name), file.read())
+    for name in before:
+        storage.remove(storage.join(url, name))
 
 
 class Board:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from metatrain.config import Config
 from metatrain.data.dataset import TaskDataset
+from metatrain.evaluate.headlines import headline_names
 from metatrain.model.metamodel import MetaModel
 from metatrain.model.sharding import Distributed
 from metatrain.observe import projector
@@ -48,7 +49,7 @@ class RunRecord:
         self._pending: list[dict[str, Any]] = []  # messages of checkpoints that are not known to be whole
         if self._board is not None:
             self._board.layout(self._model.meta.curves())
-            self._board.hparams(settings(config, dataset), FINAL)
+            self._board.hparams(settings(config, dataset), (*FINAL, *headline_names(dataset, config.evaluate)))
             write_texts(self._board, config, dataset, distributed)
 
     def line(self, step: int, of: int, epoch: int, curves: Mapping[str, float], gains: Tensor) -> None:

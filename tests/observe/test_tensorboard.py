@@ -16,7 +16,7 @@ from metatrain import storage
 from metatrain.observe import copies
 from metatrain.observe.copies import board_url
 from metatrain.observe.layout import FINAL, support_names
-from metatrain.observe.tensorboard import FURTHER, Board
+from metatrain.observe.tensorboard import FURTHER, Board, write_evaluation
 
 
 def read(folder: str) -> EventAccumulator:
@@ -65,6 +65,25 @@ def test_settings_and_final_metrics_are_of_the_run_itself(tmp_path: Path) -> Non
     shown = [metric.name.tag for metric in parsed["_hparams_/experiment"].experiment.metric_infos]
     assert shown == list(FINAL)
     assert set(shown) & set(events.Tags()["tensors"]) == {FINAL[0]}
+
+
+def test_an_evaluation_adds_to_the_run_and_replaces_an_earlier_one(tmp_path: Path) -> None:
+    run = f"memory://board-{uuid.uuid4().hex}"
+    for url in (str(tmp_path), run):
+        board = Board(url, 0)
+        board.hparams({"meta.algorithm": "maml"}, (*FINAL, "final/MAE, new users"))
+        board.scalars({FINAL[0]: 0.5}, 10)
+        board.close()
+        write_evaluation(url, {"final/MAE, new users": 0.9, "final/MAE, both": 0.8}, 8)
+        write_evaluation(url, {"final/MAE, new users": 0.7}, 10)
+        assert Board(url, 10).restarts == 1, "an evaluation is no attempt to train"
+    folder = tmp_path / "copied"
+    copies.Copy(board_url(run), str(folder)).refresh()
+    for place in (board_url(str(tmp_path)), str(folder)):
+        events = read(place)
+        assert curve(events, "final/MAE, new users") == [(10, pytest.approx(0.7))]
+        assert curve(events, FINAL[0]) == [(10, 0.5)]
+        assert "final/MAE, both" not in events.Tags()["tensors"]
 
 
 def test_the_layout_reaches_tensorboard(tmp_path: Path) -> None:
