@@ -6,87 +6,29 @@ tests/faults/test_bad_shards.py does the same through Ray.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
-from metatrain import storage
 from metatrain.checkpoint import committed_steps, read_marker
-from metatrain.config import Config, DataConfig, to_yaml
-from metatrain.data.batch import TaskBatch
-from metatrain.data.manifest import ItemSet, Split
+from metatrain.config import Config
 from metatrain.data.quarantine import BadShards
-from metatrain.data.reader import BatchReader
 from metatrain.errors import ShardError
-from metatrain.train import worker
 from metatrain.train.audit import audit
-from metatrain.train.worker import QUARANTINED, Seat
+from metatrain.train.worker import QUARANTINED
 from tests.data.tiny_dataset import write_tiny_dataset
-from tests.distributed.ranks import run_ranks
 from tests.faults.test_bad_shards import garble, late_row_group, make_recipe
 from tests.train.runs import assert_equal_states, curve, final_state
+from tests.train.without_ray import train_on_ranks
 
 pytestmark = pytest.mark.timeout(300)
 
 
-class _Stream:
-    """A `TaskStream` that reads in this process."""
-
-    def __init__(
-        self,
-        dataset_url: str,
-        data: DataConfig,
-        *,
-        seed: int,
-        lanes: Sequence[int],
-        features: Sequence[str] | None,
-        quarantined: Sequence[str],
-        **_: Any,
-    ) -> None:
-        self._lanes = lanes
-        self._reader = BatchReader.from_config(
-            dataset_url,
-            data,
-            Split.TRAIN,
-            ItemSet.EXISTING,
-            data.episode,
-            seed,
-            features=features,
-            quarantined=quarantined,
-        )
-        self.steps, self.close = self._reader.steps, self._reader.close
-
-    def batches(self, epoch: int, start_step: int = 0) -> Iterator[TaskBatch]:
-        for step in range(start_step, self.steps(epoch)):
-            yield self._reader.read(epoch, step, self._lanes)
-
-    def __getattr__(self, name: str) -> Any:
-        return 0  # what a stream counts
-
-
-def _train(rank: int, world_size: int, config: Config) -> ShardError | None:
-    worker.TaskStream = _Stream
-    try:
-        worker.train(config, Seat(rank, world_size, torch.device("cpu"), lambda message: None))
-    except ShardError as error:
-        return error
-    return None
-
-
 def train(config: Config) -> None:
     """As `launch`, but for Ray."""
-    storage.write_atomic(storage.join(config.run_url, "config.yaml"), to_yaml(config))
-    shards = BadShards(config.run_url, config.data, lambda: max(committed_steps(config.run_url), default=0))
-
-    def attempt() -> None:
-        [error] = run_ranks(_train, 1, config)
-        if error is not None:
-            raise error
-
-    shards.spared(attempt)
+    BadShards(config.run_url, config.data, lambda: max(committed_steps(config.run_url), default=0)).spared(
+        lambda: train_on_ranks(config, 1)
+    )
 
 
 def test_a_run_goes_on_without_the_shard_and_does_so_again_bit_for_bit(tmp_path: Path):
@@ -124,4 +66,6 @@ def test_by_default_the_run_stops_with_the_shards_name(tmp_path: Path):
     with pytest.raises(ShardError, match="cannot be read") as caught:
         train(config)
     assert caught.value.path == shard.path
+    assert shard.path in str(caught.value.where)
+    assert "data.bad_shards: quarantine" in str(caught.value)
     assert not (Path(config.run_url) / "quarantine.json").exists()

@@ -14,14 +14,13 @@ import torch
 import torch.distributed as dist
 
 from metatrain.checkpoint import committed_steps, read_marker
-from metatrain.config import Config, DataConfig
-from metatrain.data.manifest import ItemSet, Split
-from metatrain.data.reader import BatchReader
+from metatrain.config import Config
 from metatrain.errors import CheckpointError
 from metatrain.train import worker
 from metatrain.train.worker import Seat, train
 from tests.data.tiny_dataset import write_tiny_dataset
 from tests.train.runs import assert_equal_states, curve, final_state, recipe
+from tests.train.without_ray import OwnStream
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -36,29 +35,6 @@ TRAIN: dict[str, Any] = {
 
 class CutError(Exception):
     """Where a run is cut off."""
-
-
-class OwnStream:
-    """The batches of a `TaskStream`, read in this process."""
-
-    restarts = 0
-
-    def __init__(self, url: str, data: DataConfig, *, seed: int, lanes: Any, features: Any, **_: Any) -> None:
-        episode = data.episode
-        self._reader = BatchReader.from_config(
-            url, data, Split.TRAIN, ItemSet.EXISTING, episode, seed, shuffle=True, features=features
-        )
-        self._lanes = lanes
-
-    def steps(self, epoch: int) -> int:
-        return self._reader.steps(epoch)
-
-    def batches(self, epoch: int, step: int = 0) -> Iterator[Any]:
-        for following in range(step, self.steps(epoch)):
-            yield self._reader.read(epoch, following, self._lanes)
-
-    def close(self) -> None:
-        self._reader.close()
 
 
 @pytest.fixture(scope="module")
