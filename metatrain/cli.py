@@ -271,6 +271,22 @@ def _is_recipe(text: str) -> bool:
     return text.endswith((".yaml", ".yml"))
 
 
+def _recipe(subject: str, given: Sequence[str]) -> Config:
+    """The recipe of a command; all defaults where none is named.
+
+    Help on a recipe's fields is given whatever the file holds: it is what a broken one is mended by.
+    """
+    if not subject:
+        return Config()
+    try:
+        return load_config(subject)
+    except MetatrainError as error:
+        if not {"-h", "--help"} & set(given):
+            raise
+        print(f"note: {subject} cannot be read ({error.what.rstrip('.')}): defaults are shown", file=sys.stderr)
+        return Config()
+
+
 def _parse(kind: type[Options], default: Options, given: list[str], command: str) -> Options:
     try:
         return tyro.cli(kind, default=default, args=given, prog=f"metatrain {command}", use_underscores=True)
@@ -281,7 +297,7 @@ def _parse(kind: type[Options], default: Options, given: list[str], command: str
 def _prepare(given: list[str]) -> None:
     subject, rest = _subject(given, "prepare", "a SOURCE or a recipe")
     if _is_recipe(subject):
-        recipe = load_config(subject)
+        recipe = _recipe(subject, rest)
         default = PrepareArguments(recipe.data.dataset, recipe.prepare)
     else:
         out = tyro.MISSING_NONPROP
@@ -312,7 +328,7 @@ def _verify(given: list[str]) -> None:
 
 def _train(given: list[str]) -> None:
     subject, rest = _subject(given, "train", "a recipe (a YAML file)")
-    recipe = load_config(subject) if subject else Config()
+    recipe = _recipe(subject, rest)
     options = _parse(TrainArguments, TrainArguments(recipe), rest, "train RECIPE.yaml")
     recipe = options.recipe
     if options.profile is not None:
@@ -335,7 +351,7 @@ def _train(given: list[str]) -> None:
 
 def _submit(given: list[str]) -> None:
     subject, rest = _subject(given, "submit", "a recipe (a YAML file)")
-    recipe = load_config(subject) if subject else Config()
+    recipe = _recipe(subject, rest)
     options = _parse(SubmitArguments, SubmitArguments(recipe), rest, "submit RECIPE.yaml")
     metadata, environment = _pairs(options.metadata, "--metadata"), _pairs(options.env, "--env")
     from metatrain.data.dataset import TaskDataset
@@ -523,7 +539,7 @@ def _status(given: list[str]) -> None:
 
 def _config(given: list[str]) -> None:
     subject, rest = _subject(given, "config", "a recipe (a YAML file)")
-    recipe = load_config(subject) if subject else Config()
+    recipe = _recipe(subject, rest)
 
     @dataclass(frozen=True)
     class ConfigArguments:

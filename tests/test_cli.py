@@ -29,6 +29,20 @@ def test_every_command_has_help(command, capsys):
     assert len(capsys.readouterr().out.splitlines()) > 5
 
 
+@pytest.mark.parametrize("command", ["config", "train", "submit", "prepare"])
+@pytest.mark.parametrize("text", ["train: {epochs: many}", "trian: {}", "a: [1,"])
+def test_help_is_given_whatever_the_recipe_holds(command, text, tmp_path, capsys):
+    """An error of a recipe's value names this as the remedy."""
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(text)
+    with pytest.raises(SystemExit) as ended:
+        main([command, str(recipe), "--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr()
+    assert "prepare.path" in shown.out or "--path" in shown.out
+    assert f"note: {recipe} cannot be read" in shown.err
+
+
 def test_overrides_reach_the_resolved_configuration(tmp_path, capsys):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("train: {epochs: 3}")
