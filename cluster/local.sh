@@ -15,7 +15,8 @@
 #   STORE_MB   object store of each node, MiB  (150)
 #   RAY        the ray command                 (that of .venv beside this folder, else the PATH's)
 #
-# All ports are free ones of the loopback address, and every request must carry the cluster's token.
+# All ports are free ones. Every request must carry the cluster's token, but those for metrics: Ray's nodes listen on the
+# machine's own address, whatever they are told.
 set -euo pipefail
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -72,16 +73,26 @@ start_node() { # NAME ARGUMENT…: starts a raylet that stays when this script e
     echo "$pid $(started "$pid")" >"$folder/pid"
 }
 
-wait_for() { # NAME: until its raylet runs
-    local folder="$CLUSTER/$1"
+wait_for() { # NAME: until its raylet runs; 1 where it does not come to that, or the head has gone
+    local name
     for _ in $(seq 600); do
-        grep -q "Ray runtime started" "$folder/log" 2>/dev/null && return
-        alive "$1" || { tail -n 20 "$folder/log" >&2; fail "$1 ended as it started"; }
+        for name in head "$1"; do
+            alive "$name" || { told "$name" "ended as it started"; return 1; }
+        done
+        grep -q "Ray runtime started" "$CLUSTER/$1/log" 2>/dev/null && return
         sleep 0.2
     done
-    tail -n 20 "$folder/log" >&2
-    fail "$1 did not start within two minutes"
+    told "$1" "did not start within two minutes"
+    return 1
 }
+
+told() { # NAME WHAT: the end of a node's log, and what is wrong with it
+    tail -n 20 "$CLUSTER/$1/log" >&2
+    echo "cluster/local.sh: $1 $2" >&2
+}
+
+# Ray gives a node and each of its services 30 seconds to start, which a busy machine may need more than.
+was_slow() { grep -qi "timed out" "$CLUSTER"/*/log; }
 
 free_ports() { "$PYTHON" - "$1" <<'PYTHON'
 import socket, sys
@@ -103,31 +114,49 @@ add_node() { # prints the new node's name
 
 end_node() { # NAME: at once, with all its processes
     local pid
-    alive "$1" || return 0
-    read -r pid _ <"$CLUSTER/$1/pid"
+    read -r pid _ 2>/dev/null <"$CLUSTER/$1/pid" || return 0
+    if ! alive "$1"; then
+        # What its first process has left behind. Not where the id is another's by now.
+        [ -n "$(started "$pid")" ] || family "$pid" | xargs -r kill -KILL 2>/dev/null || true
+        return 0
+    fi
     family "$pid" | xargs -r kill -KILL 2>/dev/null || true
     # The children too, at once: what outlives its parent is another's, and not found again.
     while alive "$1"; do sleep 0.05; done
 }
 
 up() {
-    local count=${1:-3} gcs dashboard client
+    local count=${1:-3} tries
     [[ $count =~ ^[1-9][0-9]*$ ]] || fail "up wants a number of nodes, not '$count'"
     is_up && fail "a cluster is up in $CLUSTER already: cluster/local.sh down, or another CLUSTER"
-    rm -rf "$CLUSTER"
+    for tries in 1 2 3; do
+        if start "$count"; then
+            status
+            return
+        fi
+        was_slow || break
+        echo "cluster/local.sh: Ray was too slow to start, try $tries of 3" >&2
+        down
+    done
+    down
+    fail "the cluster could not be started; above is the end of the log"
+}
+
+start() { # COUNT: a head and so many nodes; 1 where they do not come up
+    local count=$1 gcs dashboard client number
+    down
     mkdir -p "$CLUSTER"
     chmod 700 "$CLUSTER"
     "$PYTHON" -c 'import secrets; print(secrets.token_hex(32))' >"$CLUSTER/token"
     use_token
     read -r gcs dashboard client <<<"$(free_ports 3)"
     start_node head --head --port="$gcs" --dashboard-host=127.0.0.1 --dashboard-port="$dashboard" \
-        --ray-client-server-port="$client" --num-cpus=0 --num-gpus=0
-    wait_for head
+        --ray-client-server-port="$client" --num-cpus=0 --num-gpus=0 --include-log-monitor=false
+    wait_for head || return 1
     echo "127.0.0.1:$gcs" >"$CLUSTER/address"
     echo "http://127.0.0.1:$dashboard" >"$CLUSTER/dashboard"
     for _ in $(seq "$count"); do add_node >/dev/null; done
-    for number in $(seq "$count"); do wait_for "node$number"; done
-    status
+    for number in $(seq "$count"); do wait_for "node$number" || return 1; done
 }
 
 status() {
@@ -160,7 +189,7 @@ case "${1:-}" in
         need_up
         use_token
         name=$(add_node)
-        wait_for "$name"
+        wait_for "$name" || fail "the node could not be started; above is the end of its log"
         echo "$name"
         ;;
     kill)
