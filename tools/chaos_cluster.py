@@ -29,6 +29,7 @@ class Nodes:
     def __init__(self, count: int, cpus: int) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True)
         os.environ["RAY_TMPDIR"] = self._folder.name
+        os.environ["RAY_task_events_report_interval_ms"] = "0"
         from ray.cluster_utils import Cluster  # after the variable is set
 
         # Sooner than a minute: a node that is killed here is gone at once.

@@ -91,7 +91,10 @@ class Sampler:
         if line.startswith("ray::"):
             name = line[len("ray::") :].split("(")[0].split(".")[0].split(":")[0].strip()
             return "idle" if name.startswith("IDLE") else name
-        return "Ray's services" if line else None
+        words = [word for word in line.split() if not word.startswith("-")]
+        # A service of Ray's: a program, or Python with a file.
+        named = next((word for word in words[1:2] if word.endswith(".py")), words[0]) if words else ""
+        return f"Ray's {Path(named).stem}" if named else None
 
 
 def _shared(pid: int) -> int:

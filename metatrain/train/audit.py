@@ -20,6 +20,7 @@ import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -160,14 +161,20 @@ class AuditReport:
             ),
             f"steps done again: {sum(self.redone.values())}",
             *([f"steps without an update, not finite: {self.left_out}"] if self.left_out else []),
-            *(
-                f"  epoch {epoch}: {count} tasks" + ("" if epoch in self.whole_epochs else " (not to its end)")
-                for epoch, count in self.tasks.items()
-            ),
+            *self._epochs(),
         ]
         if self.exactly_once:
             return "\n".join([*lines, "every task was trained exactly once an epoch"])
         return "\n".join([*lines, f"PROBLEMS: {len(self.problems)}", *(f"  {p}" for p in self.problems[:20])])
+
+    def _epochs(self) -> Iterator[str]:
+        """Tasks of each epoch, a line for those in a row that are alike."""
+        alike = groupby(self.tasks.items(), lambda of: (of[1], of[0] in self.whole_epochs))
+        for (count, whole), epochs in alike:
+            numbers = [epoch for epoch, _ in epochs]
+            one = len(numbers) == 1
+            which = f"epoch {numbers[0]}" if one else f"epochs {numbers[0]} to {numbers[-1]}, each"
+            yield f"  {which}: {count} tasks" + ("" if whole else " (not to its end)")
 
 
 def audit(run_url: str) -> AuditReport:
