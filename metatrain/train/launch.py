@@ -67,7 +67,8 @@ def launch(config: Config, address: str | None = None, work: Callable[[Config, S
         log.info("this run is trained to its end: %s", config.run_url)
         return
     storage.write_atomic(storage.join(config.run_url, "config.yaml"), to_yaml(config))
-    with ray_session(config, address), watching(config) as watch:
+    # A Ray that does not start is how a run ended, too.
+    with watching(config) as watch, ray_session(config, address):
         shards.spared(lambda: _fit(config, work, watch))
     if lost := shards.quarantine().told():
         log.warning("%s", lost)

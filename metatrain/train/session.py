@@ -17,7 +17,7 @@ from metatrain import storage
 from metatrain.config import Config
 from metatrain.data.dataset import TaskDataset
 from metatrain.data.stream import READER_CPUS
-from metatrain.errors import ConfigError
+from metatrain.errors import ConfigError, MetatrainError
 from metatrain.local_ray import local_ray
 from metatrain.model.table_plan import Workers, size
 from metatrain.train.footprint import check_fits, footprint
@@ -39,19 +39,25 @@ def ray_session(config: Config, address: str | None) -> Iterator[None]:
     with contextlib.ExitStack() as session:
         try:
             if address:
+                log.info("connecting to Ray at %s", address)
                 ray.init(address=address, **quiet)
                 session.callback(ray.shutdown)
             else:
                 for name, value in LOCAL_SETTINGS.items():
                     os.environ.setdefault(name, value)
                 cpus = max(os.cpu_count() or 1, cpus_of(config) + 1)
+                log.info("starting Ray on this machine (`metatrain doctor` examines it where that takes minutes)")
                 session.enter_context(local_ray(num_cpus=cpus, **quiet))
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except MetatrainError:
+            raise
+        except Exception as error:  # Ray raises of all kinds, a bare Exception where a node does not come up in time
             raise ConfigError(
-                f"Ray cannot be reached or started: {error}",
-                where="--address",
+                f"Ray cannot be {'reached' if address else 'started'}: {error}",
+                where="--address" if address else "this machine",
                 got=address or "a local Ray",
-                remedy="Check the address and that the cluster is up; `metatrain doctor` examines this machine.",
+                remedy="Check the address and that the cluster is up."
+                if address
+                else "Where the machine is busy or short of memory, try again; `metatrain doctor` examines it.",
             ) from error
         check_resources(config, cluster=bool(address))
         if address:

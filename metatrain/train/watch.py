@@ -13,14 +13,17 @@ from metatrain.train.metrics import RunMetrics
 
 
 class Watch:
-    """Passes the workers' messages on to all who follow. Ray must be initialised."""
+    """Passes the workers' messages on to all who follow."""
 
     def __init__(self, config: Config) -> None:
         self.status = StatusFile(config.run_url, config.train.epochs)
-        self._progress, self._metrics = TrainingProgress(), RunMetrics(config.run.name)
+        self._run, self._progress = config.run.name, TrainingProgress()
+        self._metrics: RunMetrics | None = None
 
     def take(self, message: dict[str, Any]) -> None:
         """Takes a message: `start`, `say`, `step` with the curves, `validation_loss`, `checkpoint`, `fault`, `done`."""
+        # Messages come where Ray is there; the watch begins before, while it starts.
+        self._metrics = self._metrics or RunMetrics(self._run)
         for follower in (self._progress, self.status, self._metrics):
             follower.take(message)
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from metatrain.config import Config, validated
-from metatrain.errors import TrainingError
+from metatrain.errors import ConfigError, TrainingError
 from metatrain.observe.status import RunStatus, read_status
+from metatrain.train import session
 from metatrain.train import watch as module
 from metatrain.train.watch import watching
 
@@ -58,3 +59,18 @@ def test_an_error_is_told_by_its_first_line(config: Config) -> None:
 def test_who_is_asked_to_end_has_not_failed(config: Config, error: BaseException) -> None:
     status = ended(config, error)
     assert (status.state, status.why, status.faults) == ("interrupted", "", ())
+
+
+def test_a_ray_that_does_not_start_is_told_and_is_the_run_s_end(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(**options: object) -> None:
+        raise Exception("The current node timed out during startup.")  # as Ray has it: no kind of its own
+
+    monkeypatch.setattr(session.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(session, "local_ray", late)
+    with pytest.raises(ConfigError, match="try again") as caught, watching(config), session.ray_session(config, None):
+        pytest.fail("there is no Ray")
+    assert "timed out during startup" in str(caught.value)
+    status = read_status(config.run_url)
+    assert (status.state, status.why) == ("failed", "Ray cannot be started: The current node timed out during startup.")
