@@ -29,7 +29,6 @@ class Nodes:
     def __init__(self, count: int, cpus: int) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="chaos-", ignore_cleanup_errors=True)
         os.environ["RAY_TMPDIR"] = self._folder.name
-        os.environ["RAY_task_events_report_interval_ms"] = "0"
         from ray.cluster_utils import Cluster  # after the variable is set
 
         # Sooner than a minute: a node that is killed here is gone at once.
@@ -37,6 +36,8 @@ class Nodes:
             "health_check_initial_delay_ms": 1000,
             "health_check_period_ms": 1000,
             "health_check_failure_threshold": 5,
+            # The head would keep a record of the last hundred thousand calls, which looks like a leak for hours.
+            "task_events_report_interval_ms": 0,
         }
         head = {
             "num_cpus": 0,

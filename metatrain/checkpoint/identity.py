@@ -61,7 +61,7 @@ def check_begun(saved: dict[str, Any], current: dict[str, Any], where: str) -> N
         "A run of this name was begun with another model or plan than this configuration.",
         where,
         "Give the new configuration another `run.name`, or restore the values that differ. It has no checkpoint yet: "
-        "deleting this file loses nothing.",
+        "unless it is being trained (`metatrain status` tells), deleting this file loses nothing.",
     )
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from metatrain.config import Config
-from metatrain.submit.checks import check_submission
+from metatrain.submit.checks import check_submission, node_paths
 from metatrain.train.checks import finished, located
 
 # Ray, and the sharding plan's TorchRec, are imported once a run is known to be sound: that takes seconds.
 if TYPE_CHECKING:
     from metatrain.submit.jobs import Jobs
+
+log = logging.getLogger("metatrain")
 
 
 def submit(
@@ -33,12 +36,12 @@ def submit(
     """
     config = located(config)
     check_submission(config)
+    if finished(config):
+        print(f"this run is trained to its end, and nothing is submitted: {config.run_url}")
+        return 0
     from metatrain.submit.summary import summary
 
     print(summary(config), flush=True)
-    if finished(config):
-        print("this run is trained to its end: nothing is submitted")
-        return 0
     if dry_run:
         return 0
     from metatrain.submit.jobs import Jobs
@@ -53,7 +56,8 @@ def submit(
 
 
 def render(config: Config, image: str, environment: Mapping[str, str]) -> str:
-    """The manifest of a RayJob that trains this run, checked as if it were submitted.
+    """The manifest of a RayJob that trains this run, checked as if it were submitted. What its pods may lack is told
+    at its top, and in the log.
 
     Raises:
         MetatrainError: The run cannot work.
@@ -63,7 +67,13 @@ def render(config: Config, image: str, environment: Mapping[str, str]) -> str:
     from metatrain.submit.rayjob import manifest
     from metatrain.submit.summary import table_bytes
 
-    return manifest(config, image, environment, table_bytes(config))
+    doubts = [f"{path} is a path on a disk: every pod must mount it there" for path in node_paths(config)]
+    if "/" not in image:
+        doubts.append(f"{image} names no registry: the cluster's nodes must have this image already (--image)")
+    for doubt in doubts:
+        log.warning("%s", doubt)
+    comments = "".join(f"# {doubt}\n" for doubt in doubts)
+    return comments + manifest(config, image, environment, table_bytes(config))
 
 
 def job(action: str, subject: str, address: str | None, *, wait: bool = True) -> int:

@@ -15,7 +15,7 @@ from metatrain import storage
 from metatrain.cli import main
 from metatrain.config import Config, to_yaml
 from metatrain.errors import CheckpointError
-from metatrain.submit import jobs
+from metatrain.submit import commands, jobs
 from metatrain.submit.checks import check_submission
 from metatrain.train.checks import located
 from tests.data.tiny_dataset import write_tiny_dataset
@@ -75,6 +75,24 @@ def test_a_dry_run_shows_what_the_run_takes_and_submits_nothing(dataset: str, tm
     assert "2 workers × (1 CPU + 1 readers × 0.5 CPU): at least 3 CPUs" in shown
     assert "every node must see" in shown
     assert not storage.exists(str(tmp_path / "runs"))
+
+
+@pytest.mark.usefixtures("no_cluster")
+def test_a_manifest_says_at_its_top_what_pods_may_lack(dataset: str, tmp_path: Path, capsys):
+    config = recipe(dataset, str(tmp_path / "runs"), "rendered")
+    (tmp_path / "recipe.yaml").write_text(to_yaml(config))
+    main(["submit", str(tmp_path / "recipe.yaml"), "--render", "rayjob"])
+    head = [line for line in capsys.readouterr().out.splitlines() if line.startswith("#")]
+    assert [line.split()[1] for line in head] == [dataset, config.run_url, "metatrain:latest"]
+    main(["submit", str(tmp_path / "recipe.yaml"), "--render", "rayjob", "--image", "registry.example/metatrain:1"])
+    assert "metatrain:1 names no registry" not in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("no_cluster")
+def test_a_run_that_is_at_its_end_is_not_submitted(dataset: str, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr(commands, "finished", lambda config: True)
+    assert submit(tmp_path / "recipe.yaml", recipe(dataset, str(tmp_path / "runs"), "over")) == 0
+    assert capsys.readouterr().out.startswith("this run is trained to its end")
 
 
 def test_another_configuration_of_a_name_is_refused_before_the_first_checkpoint(dataset: str, tmp_path: Path):
