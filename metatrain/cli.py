@@ -15,7 +15,7 @@ from typing import Annotated, Literal, TypeVar
 import tyro
 from pydantic import ValidationError
 
-from metatrain import __version__, storage
+from metatrain import __version__, collector, storage
 from metatrain.config import Config, EvaluateConfig, PrepareConfig, explained, load_config, to_yaml, validated
 from metatrain.errors import CheckpointError, ConfigError, MetatrainError
 
@@ -216,6 +216,7 @@ class StatusArguments:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The `metatrain` command; exits with 2 after an error that the user can mend."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    collector.relax()
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, level=logging.WARNING)
     logging.getLogger("metatrain").setLevel(logging.INFO)
     commands = {

@@ -13,6 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from metatrain import collector
+
+collector.relax()  # this process imports and collects all there is
+
 _TESTS = Path(__file__).parent
 
 

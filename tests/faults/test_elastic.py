@@ -22,6 +22,7 @@ from metatrain.data.dataset import TaskDataset
 from metatrain.data.manifest import Split
 from metatrain.model.build import build_model
 from metatrain.model.sharding import distribute
+from metatrain.train.audit import audit
 from metatrain.train.not_finite import coordinates
 from metatrain.train.outer import DenseOptimizer
 from metatrain.train.readers import open_reader
@@ -34,7 +35,7 @@ from tests.train.runs import assert_equal_states, curve, final_state, recipe
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 
 ROOT = Path(__file__).parents[2]
-STEPS = 400
+STEPS = 240
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ class Run:
         script = str(Path(__file__).with_name("elastic_run.py"))
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                [sys.executable, script, str(file), address, "0.4", str(self._quick)],
+                [sys.executable, script, str(file), address, "1.2", str(self._quick)],
                 stdout=log,
                 stderr=log,
                 cwd=folder,
@@ -116,7 +117,7 @@ class Run:
 def config(tmp_path: Path) -> Config:
     """A recipe of one or two workers, whose checkpoints are those alone that were asked for, and the last one."""
     write_tiny_dataset(str(tmp_path / "dataset"), users=640, items=60, validation=20)
-    rules: dict[str, Any] = {"epochs": 60, "max_steps": STEPS, "max_failures": 1, "resize_seconds": 2}
+    rules: dict[str, Any] = {"epochs": 60, "max_steps": STEPS, "max_failures": 1, "resize_seconds": 2, "audit": True}
     rules |= {"workers": {"min": 1, "max": 2}, "validate_every": 0, "checkpoint": {"every_steps": 0, "keep": 50}}
     return recipe(str(tmp_path / "dataset"), str(tmp_path / "runs"), "elastic", rules)
 
@@ -151,7 +152,7 @@ def trained_here(config: Config) -> tuple[list[float], dict[str, torch.Tensor]]:
         dist.destroy_process_group()
 
 
-def test_a_node_that_comes_and_a_node_that_goes_with_notice(cluster: Cluster, config: Config, tmp_path: Path) -> None:
+def test_nodes_that_come_go_with_notice_and_die(cluster: Cluster, config: Config, tmp_path: Path) -> None:
     add_node(cluster)
     run = Run(config, tmp_path, cluster.address)
     try:
@@ -159,6 +160,7 @@ def test_a_node_that_comes_and_a_node_that_goes_with_notice(cluster: Cluster, co
         second = add_node(cluster)
         run.wait(lambda: run.sizes() == [1], "the checkpoint before the group grows")
         run.wait_for_workers(2, starts=1)
+
         drain(cluster, second, 8)
         run.wait(lambda: run.sizes() == [1, 2], "the checkpoint within the notice")
         # Who looks first tells why: the worker at its node's notice, or the controller at the nodes that stay.
@@ -167,27 +169,23 @@ def test_a_node_that_comes_and_a_node_that_goes_with_notice(cluster: Cluster, co
         time.sleep(8)  # the cloud takes it when the notice is over
         cluster.remove_node(second, allow_graceful=False)
         run.wait_for_workers(1, starts=2)
+
+        third = add_node(cluster)
+        run.wait(lambda: run.sizes() == [1, 2, 1], "the checkpoint before the group grows again")
+        run.wait_for_workers(2, starts=3)
+        cluster.remove_node(third, allow_graceful=False)
+        run.wait_for_workers(1, starts=4)
         run.finish()
     finally:
         run.kill()
-    assert run.sizes() == [1, 2, 1]
-    assert_as_undisturbed(config)
-
-
-def test_a_node_that_dies(cluster: Cluster, config: Config, tmp_path: Path) -> None:
-    every = config.train.model_copy(
-        update={"checkpoint": config.train.checkpoint.model_copy(update={"every_steps": 20})}
-    )
-    config = config.model_copy(update={"train": every})
-    add_node(cluster)
-    second = add_node(cluster)
-    run = Run(config, tmp_path, cluster.address)
-    try:
-        run.wait(lambda: run.sizes()[-1:] == [2], "a checkpoint of two workers")
-        cluster.remove_node(second, allow_graceful=False)
-        run.wait_for_workers(1, starts=1)
-        run.finish()
-    finally:
-        run.kill()
-    assert set(run.sizes()) == {1, 2}
+    assert run.sizes() == [1, 2, 1, 1]
+    report = audit(config.run_url)
+    assert report.exactly_once, str(report)
+    assert [attempt.world_size for attempt in report.attempts] == [1, 2, 1, 2, 1]
+    # With notice nothing is lost; of a node that dies, what came after the last checkpoint is trained again.
+    ends = [attempt.steps[-1] + 1 for attempt in report.attempts]
+    begins = [attempt.begins for attempt in report.attempts]
+    assert begins[1:4] == ends[:3]
+    assert begins[4] == begins[3]
+    assert set(report.redone) == set(range(begins[4], ends[3]))
     assert_as_undisturbed(config)

@@ -12,6 +12,7 @@ from metatrain.train.launch import launch
 from metatrain.train.replay import replay
 from tests.train.bad_dataset import write_bad_dataset
 from tests.train.runs import assert_equal_states, curve, final_state, recipe
+from tests.train.without_ray import train_on_ranks
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
@@ -48,7 +49,7 @@ def test_skipped_steps_are_counted_and_the_same_at_one_and_two_workers(stopped: 
         train = stopped.train.model_copy(update={"workers": workers, "not_finite": "skip", "log_every": 1})
         run = stopped.run.model_copy(update={"name": f"skipped-{workers}"})
         config = stopped.model_copy(update={"run": run, "train": train})
-        launch(config)
+        train_on_ranks(config, workers)
         runs.append(config)
     one, two = runs
     last = committed_steps(one.run_url)[-1]

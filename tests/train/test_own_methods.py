@@ -17,6 +17,7 @@ from metatrain.train.launch import check, launch
 from tests.data.tiny_dataset import write_tiny_dataset
 from tests.pages import example_meta_learner
 from tests.train.runs import curve, recipe
+from tests.train.without_ray import train_on_ranks
 
 pytestmark = pytest.mark.ray
 
@@ -51,7 +52,8 @@ def test_a_file_of_the_users_trains_resumes_loads_and_is_judged(
     monkeypatch.chdir("/")
     # The same file by its whole path, from elsewhere: it goes on from step 4.
     longer = own(dataset, tmp_path / "runs", f"{tmp_path}/my_methods.py:ShrunkBias", 8)
-    launch(longer)
+    check(longer)
+    train_on_ranks(longer, 1)
     assert committed_steps(longer.run_url)[-1] == 8
     assert sorted(curve(longer, "learning/loss_after")) == list(range(1, 9))
     assert curve(longer, "meta/shrinkage")[1] == pytest.approx(3.0, rel=0.01)
