@@ -39,7 +39,8 @@ KILLS = [
     Fault("train.lookup", "kill", rank=0, step=17, id="lookup"),
     # The whole run is killed here: its checkpoint is copied, and on storage but for its marker.
     Fault("checkpoint.commit", "hang", rank=0, step=26, id="whole run"),
-    Fault("train.backward", "kill", rank=1, step=28, id="backward"),
+    # Not before step 31: so far training goes on beside a checkpoint that hangs, until the next one waits for it.
+    Fault("train.backward", "kill", rank=1, step=33, id="backward"),
     Fault("train.update", "kill", rank=0, step=37, id="update"),
     Fault("checkpoint.copied", "kill", rank=1, step=47, id="between copy and commit"),
 ]
