@@ -42,6 +42,7 @@ class Nodes:
         head = {
             "num_cpus": 0,
             "include_dashboard": False,
+            "include_log_monitor": False,  # it keeps the last 200 logs open, which looks like a leak too
             "object_store_memory": STORE_BYTES,
             "_system_config": settings,
         }
@@ -63,7 +64,9 @@ class Nodes:
 
     def add(self) -> None:
         """Another node."""
-        self._nodes.append(self._cluster.add_node(num_cpus=self._cpus, object_store_memory=STORE_BYTES))
+        self._nodes.append(
+            self._cluster.add_node(num_cpus=self._cpus, object_store_memory=STORE_BYTES, include_log_monitor=False)
+        )
 
     def kill(self) -> None:
         """SIGKILL to all processes of the newest node's services; its workers end with them."""
