@@ -24,12 +24,15 @@ BYTES_A_FILE = 4 << 20
 FIRST, FURTHER = ".attempt", ".attempt-further"
 #: Ends the name of the one of the last evaluation.
 EVALUATION = ".evaluation"
+#: Of the name of an event file; behind it is the second in which it was made.
+_SECOND = ".tfevents."
 
 
 def write_evaluation(run_url: str, values: Mapping[str, float], step: int) -> None:
     """Adds what an evaluation of the checkpoint at `step` came to, in place of what an earlier one did."""
     url = board_url(run_url)
-    before = [name for name in storage.list_folder(url) if name.endswith(EVALUATION)]
+    there = storage.list_folder(url)
+    before = [name for name in there if name.endswith(EVALUATION)]
     with tempfile.TemporaryDirectory(prefix="metatrain-tensorboard-") as folder:
         writer = SummaryWriter(folder, filename_suffix=EVALUATION)
         for name, value in values.items():
@@ -37,9 +40,22 @@ def write_evaluation(run_url: str, values: Mapping[str, float], step: int) -> No
         writer.close()
         [name] = os.listdir(folder)
         with open(os.path.join(folder, name), "rb") as file:
-            storage.write_atomic(storage.join(url, name), file.read())
+            storage.write_atomic(storage.join(url, _behind(name, there)), file.read())
     for name in before:
         storage.remove(storage.join(url, name))
+
+
+def _behind(name: str, others: Iterable[str]) -> str:
+    """The name of an event file, made to come behind those others.
+
+    TensorBoard reads files by their names, which begin with the second in which they were made. The first event of an
+    attempt has it forget what it read of later steps before: of an evaluation too, where a machine whose clock is
+    behind wrote one, or both are of one second.
+    """
+    kind, mark, rest = name.partition(_SECOND)
+    seconds = [int(other.partition(_SECOND)[2].partition(".")[0]) for other in others if _SECOND in other]
+    second, _, rest = rest.partition(".")
+    return f"{kind}{mark}{max([int(second), *(made + 1 for made in seconds)]):010d}.{rest}"
 
 
 class Board:
