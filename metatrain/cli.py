@@ -307,6 +307,9 @@ def _prepare(given: list[str]) -> None:
     from metatrain.data.prepare import prepare, summary
 
     print(summary(prepare(options.prepare, options.out, overwrite=options.overwrite, address=options.address)))
+    print(f"prepared: {options.out}")
+    if _is_recipe(subject):
+        print(f"  metatrain train {subject}")
 
 
 def _verify(given: list[str]) -> None:

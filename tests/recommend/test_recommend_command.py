@@ -41,7 +41,7 @@ def test_a_dataset_that_was_moved_is_named(asked, tmp_path, capsys):
     events.write_text("item,label\nitem1,5\n")
     main(["recommend", "/runs/r", "--events", str(events), "--dataset", "/moved/here", "--checkpoint", "40"])
     assert asked == [("/runs/r", {"checkpoint": 40, "dataset": "/moved/here"})]
-    assert "adapted to 1 events" in capsys.readouterr().out
+    assert "adapted to 1 event\n" in capsys.readouterr().out
 
 
 def test_neither_users_nor_events_and_both_are_refused(asked, capsys):

@@ -18,6 +18,8 @@ from metatrain.errors import CheckpointError, RequestError
 from metatrain.evaluate.evaluation import evaluate_recommender
 from metatrain.recommend import adapted as adapted_module
 from metatrain.recommend import recommender as recommender_module
+from metatrain.recommend import rendering
+from metatrain.recommend.adapted import Recommendation
 from metatrain.recommend.recommender import Recommender
 
 EVENTS = [
@@ -150,11 +152,23 @@ def test_renderings(recommender):
     table = adapted.table(3)
     assert "user ann: adapted to 3 events" in table
     assert "note: 1 of 5 events left out: items not in the catalogue (gone)." in table
-    assert adapted.top(3)[0][0].title in table
+    best = adapted.top(3)[0][0]
+    assert f"{best.item}" in table, "the key is what a shop joins on"
+    assert best.title in table
     lines = [json.loads(line) for line in adapted.json_lines(3).splitlines()]
     assert [line["user"] for line in lines] == ["ann", "ben"]
     assert lines[0]["adapted"][0] == adapted.top(3)[0][0]._asdict()
     assert len(lines[1]["unadapted"]) == 3
+
+
+def test_scores_are_shown_by_as_many_decimals_as_tell_them_apart():
+    of = rendering._Style.of
+    lines = [Recommendation("a", "A", 4.9991), Recommendation("b", "B", 4.9989)]
+    assert of(lines).line(lines[0]).split() == ["a", "A", "4.9991"]
+    assert of([Recommendation("a", "a", 4.98), Recommendation("b", "b", 4.99)]).decimals == 2
+    assert of([Recommendation("a", "a", 5.0), Recommendation("b", "b", 5.0)]).decimals == 2, "they are equal"
+    assert len(of(lines).line(None)) == len(of(lines).line(lines[0])) == of(lines).width
+    assert of([]).line(None).strip() == ""
 
 
 def test_a_ranking_of_nothing_is_refused(recommender):
