@@ -466,9 +466,12 @@ def _recommend(given: list[str]) -> None:
         raise ConfigError(
             "`metatrain recommend` needs `--events FILE`, `--user KEY` or `--item KEY`.", remedy="Give one of them."
         )
+    run = _run_url(subject)
+    if options.events is not None:
+        _check_events(options.events, run, options.dataset)
     from metatrain.recommend.recommender import Recommender
 
-    recommender = Recommender.load(_run_url(subject), checkpoint=options.checkpoint, dataset=options.dataset)
+    recommender = Recommender.load(run, checkpoint=options.checkpoint, dataset=options.dataset)
     task = recommender.dataset.manifest.task
     if options.events is None and not named[task]:
         raise ConfigError(f"The run's tasks are {task}s.", where=recommender.dataset.url, remedy=f"Give --{task} KEY.")
@@ -476,6 +479,21 @@ def _recommend(given: list[str]) -> None:
     adapted = recommender.adapt(options.events) if options.events is not None else recommender.adapt_users(tasks)
     render = adapted.json_lines if options.format == "json" else adapted.table
     print(render(options.top, exclude_seen=not options.keep_seen, min_events=options.min_events))
+
+
+def _check_events(events: str, run: str, dataset: str | None) -> None:
+    """Refuses a file of events that cannot be used, before torch is imported and a model is loaded for it."""
+    from metatrain.data.dataset import TaskDataset
+    from metatrain.recommend.event_tables import read_table
+    from metatrain.recommend.events import check_columns
+
+    recorded = storage.join(run, "config.yaml")
+    if dataset is None and storage.exists(recorded):
+        dataset = load_config(recorded).data.dataset
+    if dataset is None or not storage.exists(dataset):
+        read_table(events)  # what lacks besides, loading tells
+        return
+    check_columns(events, TaskDataset.open(dataset))
 
 
 def _checkpoints(given: list[str]) -> None:

@@ -84,16 +84,8 @@ def read_requests(events: Events, dataset: TaskDataset, support_max: int) -> Req
             file, the place, the value and the remedy.
     """
     table, places = read_table(events)
-    if twice := [name for name, count in Counter(table.column_names).items() if count > 1]:
-        raise RequestError("A column is there twice.", where=places.file, got=twice[0], remedy="Name each column once.")
+    _check_columns(table, places, dataset)
     task, entry = dataset.manifest.task, dataset.manifest.catalogued  # "user" and "item", or the other way round
-    if not table.num_rows:
-        remedy = f"Give at least one event: {entry} and label."
-        raise RequestError("There are no events.", where=places.file, remedy=remedy)
-    if entry not in table.column_names:
-        raise _missing(entry, table, places, dataset)
-    if LABEL not in table.column_names and dataset.schema.label is LabelKind.RATING:
-        raise _missing(LABEL, table, places, dataset)
     items = _checked(_text(table, entry, places), Check.KEY, entry, places)
     users = (
         _checked(_text(table, task, places), Check.KEY, task, places)
@@ -145,7 +137,29 @@ def read_requests(events: Events, dataset: TaskDataset, support_max: int) -> Req
     )
 
 
+def check_columns(events: Events, dataset: TaskDataset) -> None:
+    """Refuses events that are not there, cannot be parsed or lack a column: what is known before a model is loaded.
+
+    Raises:
+        RequestError: As `read_requests`.
+    """
+    _check_columns(*read_table(events), dataset)
+
+
 # --- checking --------------------------------------------------------------------------------------------------------
+
+
+def _check_columns(table: pa.Table, places: Places, dataset: TaskDataset) -> None:
+    if twice := [name for name, count in Counter(table.column_names).items() if count > 1]:
+        raise RequestError("A column is there twice.", where=places.file, got=twice[0], remedy="Name each column once.")
+    entry = dataset.manifest.catalogued
+    if not table.num_rows:
+        remedy = f"Give at least one event: {entry} and label."
+        raise RequestError("There are no events.", where=places.file, remedy=remedy)
+    if entry not in table.column_names:
+        raise _missing(entry, table, places, dataset)
+    if LABEL not in table.column_names and dataset.schema.label is LabelKind.RATING:
+        raise _missing(LABEL, table, places, dataset)
 
 
 def _labels(table: pa.Table, schema: Schema, places: Places) -> np.ndarray:
