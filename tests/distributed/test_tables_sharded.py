@@ -210,11 +210,10 @@ def waited_for_a_late_rank(rank: int, world_size: int) -> dict[str, float]:
     """Seconds by stage of a lookup for which the last rank is two seconds late."""
     model = Weighted(True, "meta")
     distribute(model, OptimizerConfig())
-    laps = Laps()
     dist.barrier()  # or the other rank may be as late by itself
     if rank == world_size - 1:
         time.sleep(2.0)
-    laps.take()
+    laps = Laps()
     model.tables.lookup(model.tables.request(ids_of_rank(0, rank, world_size)), mark=laps.lap)
     return laps.take()
 
@@ -223,7 +222,7 @@ def test_waiting_for_another_rank_is_told_apart_from_looking_up() -> None:
     first, late = run_ranks(waited_for_a_late_rank, 2)
     assert first["exchange"] > 1.0
     assert first["lookup"] > 0
-    assert late["exchange"] < first["exchange"]
+    assert late["exchange"] < 1.0
 
 
 def fails_on_one(rank: int, world_size: int) -> None:
