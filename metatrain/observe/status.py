@@ -147,6 +147,7 @@ class StatusFile:
             self._starts += 1
             self._reader_restarts = 0.0
             self._set(restarts=restarts, workers=message["start"], state="training")
+            self._due = now  # told at once: a command killed within seconds would take the count with it
         elif "validation_loss" in message:
             self._set(validation_step=message["step"], validation_loss=message["validation_loss"])
             if message["best"]:
@@ -188,6 +189,8 @@ class StatusFile:
             epoch=message["epoch"],
             progressed=now,
             curves=curves,
+            # The run's folder remembers attempts of a command that was killed before it could tell of them.
+            restarts=max(self.status.restarts, int(curves.get("speed/restarts", 0))),
             # The first line holds the warm-up: what comes after it counts for more.
             step_seconds=seconds if smoothed is None else 0.7 * smoothed + 0.3 * seconds,
         )

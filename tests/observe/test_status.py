@@ -101,6 +101,26 @@ def test_it_is_written_seldom_and_at_once_at_the_end(tmp_path: Path, monkeypatch
     assert json.loads(written[-1])["state"] == "failed"
 
 
+def test_a_start_of_the_workers_is_told_at_once(tmp_path: Path) -> None:
+    file = StatusFile(str(tmp_path), epochs=4, clock=Clock())
+    for workers in (2, 1):
+        file.take({"start": workers})
+        file.tick()  # in the same moment: the command may be killed in the next one
+    assert (read_status(str(tmp_path)).workers, read_status(str(tmp_path)).restarts) == (1, 1)
+
+
+def test_an_attempt_that_a_killed_command_did_not_tell_of_is_counted(tmp_path: Path) -> None:
+    """The run's board has a file of each attempt, whatever became of the command."""
+    run, clock = str(tmp_path), Clock()
+    trained(run, clock).tick()
+    again = StatusFile(run, epochs=4, clock=clock)
+    again.take({"start": 2})
+    again.take({**line(70), "speed/restarts": 3.0})
+    assert again.status.restarts == 3
+    again.take({"start": 2})
+    assert again.status.restarts == 4
+
+
 def test_restarts_and_faults_outlive_the_command(tmp_path: Path) -> None:
     run, clock = str(tmp_path), Clock()
     file = trained(run, clock)
