@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from metatrain import faults, storage
+from metatrain.checkpoint.direct import DirectFile
 from metatrain.checkpoint.format import checksum
 from metatrain.errors import CheckpointError
 from metatrain.retries import ShortReadError, retried
@@ -47,7 +48,7 @@ def view(tensor: Tensor) -> memoryview:
 class PartWriter:
     """Appends parts to a file."""
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: IO[bytes] | DirectFile) -> None:
         self._file, self.at = file, 0
 
     def put(self, data: memoryview) -> Part:
@@ -70,10 +71,8 @@ def writing(url: str) -> Iterator[PartWriter]:
         with storage.open_file(url, "wb", block_size=4 * BLOCK) as file:
             yield PartWriter(file)
         return
-    with open(storage.filesystem(url)[1], "wb") as file:
+    with DirectFile(storage.filesystem(url)[1]) as file:
         yield PartWriter(file)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def sync_folder(url: str) -> None:
