@@ -5,30 +5,25 @@ weights are those of a regularised logistic regression, found by a few steps of 
 each a ridge regression that Woodbury's identity solves in the smaller dimension; gradients flow through all steps, and
 the regularisation λ is learned by the outer loop.
 
-Departures. The regression is on top of the base learner's own logits, so a task without support keeps these, and it has
-a bias with a λ of its own: users differ in how much they click as much as in what. Steps are damped (see `newton`):
-offsets may be far from the labels, where undamped steps go to and fro. The paper's learned scale and bias of the
-scores (which a ridge regression on ±1 labels needs to become probabilities) have no use here: scores are logits.
+Departures. The regression is on top of the base learner's own logits and has a bias; see `regression`. Steps are
+damped (see `newton`): offsets may be far from the labels, where undamped steps go to and fro. The paper's learned scale
+and bias of the scores (which a ridge regression on ±1 labels needs to become probabilities) have no use here: scores
+are logits.
 
 In terms of Bayes it is the most probable weights of a logistic model around a learned prior.
-
-Symbols: T tasks, S support events, E events, H width of a representation, K = H + 1 with the bias.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor, nn
 
 from metatrain.meta import newton
-from metatrain.meta.engine import FastWeights, Tensors
 from metatrain.meta.episode import Examples
-from metatrain.meta.learner import MetaLearner, representing
+from metatrain.meta.regression import Regression
 
 
-class Logistic(MetaLearner):
+class Logistic(Regression):
     """A logistic regression a task, for clicks.
 
     Args:
@@ -38,12 +33,11 @@ class Logistic(MetaLearner):
         strength: λ of the weights at the start.
         bias_strength: λ of the bias at the start.
         newton_steps: Newton steps on the support.
+        rated: Whether what a task has an event on moves the weights that the regression is around.
 
     Raises:
         ValueError: The base learner doesn't represent, scores are no logits, or a setting is out of its range.
     """
-
-    by_items = True
 
     def __init__(
         self,
@@ -55,46 +49,19 @@ class Logistic(MetaLearner):
         strength: float = 5.0,
         bias_strength: float = 2.0,
         newton_steps: int = 5,
+        rated: bool = False,
     ) -> None:
-        super().__init__(learner, memory=memory, loss=loss, precision=precision)
         if loss != "binary_cross_entropy":
             raise ValueError(
                 f"a logistic regression gives logits, and the loss {loss!r} is of labels; "
                 "use binary_cross_entropy, or ridge in its place"
             )
-        self._learner = representing(learner, "logistic")
-        for name, value in (("strength", strength), ("bias_strength", bias_strength)):
-            if value <= 0:
-                raise ValueError(f"{name} must be above 0, got {value}")
         if newton_steps < 1:
             raise ValueError(f"newton_steps must be at least 1, got {newton_steps}")
+        strengths = {"strength": strength, "bias_strength": bias_strength}
+        super().__init__(learner, "logistic", rated=rated, memory=memory, loss=loss, precision=precision, **strengths)
         self.newton_steps = newton_steps
-        self.log_strength = nn.Parameter(torch.tensor(math.log(strength)))
-        self.log_bias_strength = nn.Parameter(torch.tensor(math.log(bias_strength)))
 
-    def adapt(self, support: Examples, rows: Tensors) -> FastWeights:
-        """See `MetaLearner.adapt`: the regressions' `weight` [T, K], in units of `_regressors`."""
-        h, scores = self.represented(self._learner, self.inputs(support, rows), support.represented)
-        weight = newton.weights(self._regressors(h), support.labels, support.mask, scores, self.newton_steps)
-        return FastWeights({"weight": weight}, rows)
-
-    def predict(self, fast: FastWeights, examples: Examples) -> Tensor:
-        """See `MetaLearner.predict`: logits."""
-        h, scores = self.represented(self._learner, self.inputs(examples, fast.rows), examples.represented)
-        return scores + torch.einsum("tek,tk->te", self._regressors(h), fast.weights["weight"])
-
-    def unadapted(self, support: Examples, rows: Tensors) -> FastWeights:
-        """See `MetaLearner.unadapted`."""
-        return FastWeights({"weight": support.x.new_zeros(support.x.shape[0], self._learner.represented + 1)}, rows)
-
-    def curves(self) -> dict[str, float]:
-        """λ of the weights and of the bias."""
-        return {
-            "meta/logistic strength": float(self.log_strength.detach().exp()),
-            "meta/logistic bias strength": float(self.log_bias_strength.detach().exp()),
-        }
-
-    def _regressors(self, h: Tensor) -> Tensor:
-        """[T, E, H] → [T, E, K], divided by the roots of their λ: the regression's own is then 1 throughout."""
-        bias = torch.exp(-0.5 * self.log_bias_strength).expand(*h.shape[:-1], 1)
-        return torch.cat([h * torch.exp(-0.5 * self.log_strength), bias], dim=-1)
+    def solved(self, x: Tensor, support: Examples, scores: Tensor) -> Tensor:
+        """See `Regression.solved`."""
+        return newton.weights(x, support.labels, support.mask, scores, self.newton_steps)

@@ -30,7 +30,12 @@ def by_hand(meta: Logistic, x: torch.Tensor, y: torch.Tensor, query: torch.Tenso
     def regressors(of: torch.Tensor) -> torch.Tensor:
         return torch.cat([learner.represent(of), torch.ones(len(of), 1, dtype=of.dtype)], 1)
 
-    a, offset = regressors(x), learner(x)
+    around = torch.zeros_like(strengths)
+    if meta.rated is not None:
+        mean = learner.represent(x).sum(0) / (len(x) + 3)
+        around = meta.rated.weight @ mean / strengths.sqrt()
+    a = regressors(x)
+    offset = learner(x) + a @ around
 
     def objective(w: torch.Tensor) -> float:
         logits = offset + a @ w
@@ -47,14 +52,22 @@ def by_hand(meta: Logistic, x: torch.Tensor, y: torch.Tensor, query: torch.Tenso
         while objective(w + t * d) > objective(w) + 1e-4 * t * slope + 1e-12:
             t /= 2
         w = w + t * d
-    return learner(query) + regressors(query) @ w
+    return learner(query) + regressors(query) @ (around + w)
+
+
+def around_what_was_clicked(**settings: object) -> Logistic:
+    """Whose map of what was clicked or shown is one."""
+    meta = Logistic(factorisation(), rated=True, **settings)
+    assert meta.rated is not None
+    torch.nn.init.normal_(meta.rated.weight, std=0.3)  # zero at the start, and then nothing moves
+    return meta
 
 
 @pytest.mark.parametrize("support", [3, 20], ids=["fewer events than regressors", "more"])
-@pytest.mark.parametrize("steps", [1, 5])
-def test_meta_gradient_is_that_of_a_loop_over_tasks(support: int, steps: int):
+@pytest.mark.parametrize(("steps", "rated"), [(1, False), (5, False), (5, True)])
+def test_meta_gradient_is_that_of_a_loop_over_tasks(support: int, steps: int, rated: bool):
     settings = {"strength": 0.7, "bias_strength": 0.3, "newton_steps": steps}
-    meta = Logistic(factorisation(), **settings).double()
+    meta = (around_what_was_clicked(**settings) if rated else Logistic(factorisation(), **settings)).double()
     episodes = made_up(support=support, click=True)
     losses = []
     for task in range(episodes.size):
@@ -67,7 +80,7 @@ def test_meta_gradient_is_that_of_a_loop_over_tasks(support: int, steps: int):
     expected = meta_gradient(meta, torch.stack(losses).sum())
     assert_close(meta_gradient(meta, found.total), expected)
     # In float32, where training runs.
-    single = Logistic(factorisation(), **settings).float()
+    single = Logistic(factorisation(), rated=rated, **settings).float()
     single.load_state_dict(meta.state_dict())
     narrow = single(made_up(support=support, click=True, dtype=torch.float32))
     assert_close(meta_gradient(single, narrow.total), expected)
@@ -117,6 +130,7 @@ def test_gradient_through_damped_steps_is_that_of_finite_differences(events: int
 
 def test_contract():
     check_contract(lambda: Logistic(factorisation()), click=True)
+    check_contract(around_what_was_clicked, click=True)
     check_contract(lambda: Logistic(MLP(LAYOUT.width, (6,), "tanh", offset=0.3)), click=True)
 
 
