@@ -33,7 +33,7 @@ from bench_common import changed, descendants, synthetic_recipe, write_json
 
 from metatrain.config import Config
 from metatrain.data.prepare import prepare
-from metatrain.train import launch as launching
+from metatrain.train import watch
 from metatrain.train.launch import launch
 
 PARTS = ("detection", "processes", "back-off", "model", "load", "readers", "first step")
@@ -41,7 +41,7 @@ PARTS = ("detection", "processes", "back-off", "model", "load", "readers", "firs
 STEPS_BETWEEN = 40
 
 
-class Recorder(launching.TrainingProgress):
+class Recorder(watch.TrainingProgress):
     """Keeps the messages of a run, and shows them as usual."""
 
     def __init__(self) -> None:
@@ -79,7 +79,7 @@ def bench(config: Config, kills: int) -> list[dict[str, float]]:
             killed.append(time.time())
             os.kill(_workers()[-1], signal.SIGKILL)
 
-    launching.TrainingProgress = Recorder  # pyright: ignore[reportAttributeAccessIssue]
+    watch.TrainingProgress = Recorder  # pyright: ignore[reportAttributeAccessIssue]
     thread = threading.Thread(target=kill_on, daemon=True)
     thread.start()
     launch(config)
