@@ -121,7 +121,7 @@ def read_requests(events: Events, dataset: TaskDataset, support_max: int) -> Req
         warnings.append(f"{len(without)} {task}s have no event on a known {entry}, and are not adapted to: {shown}.")
     cuts = np.cumsum(np.bincount(codes[kept], minlength=len(names)))[:-1]
     supports = zip(np.split(rows[kept], cuts), np.split(labels[kept], cuts), np.split(times[kept], cuts), strict=True)
-    task_features, unknown_of_users = _task_features(table, dataset, codes, len(names), places)
+    task_features, unknown_of_users = _task_features(table, dataset, codes, names, places)
     event_features, unknown_of_events = _features(
         table.take(pa.array(kept)), dataset.schema.of(Level.EVENT), dataset, places.at(kept)
     )
@@ -264,11 +264,44 @@ def _in_order_of_appearance(users: pa.Array) -> tuple[list[str], np.ndarray]:
 
 
 def _task_features(
-    table: pa.Table, dataset: TaskDataset, codes: np.ndarray, users: int, places: Places
+    table: pa.Table, dataset: TaskDataset, codes: np.ndarray, names: Sequence[str], places: Places
 ) -> tuple[dict[str, Column], list[str]]:
-    # A user's features are those of the first event: it is one person.
-    first = _first(codes, users)
-    return _features(table.take(pa.array(first)), dataset.schema.of(Level.TASK), dataset, places.at(first))
+    """As `_features`, a row a task: of what its events say, the first; another value is told, and left out."""
+    found: dict[str, Column] = {}
+    warnings: list[str] = []
+    for feature in dataset.schema.of(Level.TASK):
+        if feature.name not in table.column_names:
+            continue
+        values = _identities(_whole(table[feature.name]))
+        given = np.flatnonzero(values >= 0)
+        first = _first(codes, len(names))
+        first[codes[given[::-1]]] = given[::-1]  # the last one written is the first one given
+        columns, unknown = _features(table.take(pa.array(first)), [feature], dataset, places.at(first))
+        found |= columns
+        warnings += unknown
+        if len(other := given[values[given] != values[first][codes[given]]]):
+            row, task = int(other[0]), int(codes[other[0]])
+            told, taken = (table[feature.name][int(at)].as_py() for at in (row, first[task]))
+            several, word = len(np.unique(codes[other])), dataset.manifest.task
+            have = f"{several} {word}s have" if several > 1 else f"1 {word} has"
+            warnings.append(
+                f"{feature.name}: {have} more than one value, and the first is taken: {names[task]} has {taken!r}, "
+                f"and at {places(row, feature.name)} {told!r}."
+            )
+    return found, warnings
+
+
+def _identities(column: pa.Array) -> np.ndarray:
+    """A number for each distinct value [n]; -1 where there is none."""
+    try:
+        if pa.types.is_list(column.type):
+            column = pc.binary_join(column.cast(pa.list_(pa.string())), "\x1f")
+        coded = column.dictionary_encode()
+    except pa.ArrowException:
+        return np.zeros(len(column), np.int64)  # of no use as a feature: refused when it is encoded
+    numbers = coded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+    empty = np.array([value in (None, "") for value in coded.dictionary.to_pylist()], bool)
+    return np.where((numbers >= 0) & ~np.append(empty, True)[numbers], numbers, -1)
 
 
 def _features(

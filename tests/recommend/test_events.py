@@ -61,13 +61,33 @@ def test_values_that_the_model_does_not_know_are_told(read):
         {"user": "8", "item": "item5", "label": 5, "likes": [], "shade": None},
     ]
     requests = read(events)
+    twice = "likes: 1 user has more than one value, and the first is taken:"
     assert requests.warnings == (
         # Of a user's features the first event's count.
         "likes: 3 values are unknown to the model: x, z (it knows w0, w1, w2, w3, w4, …).",
+        f"{twice} 7 has ['w1', 'x'], and at the list: event 1, column likes ['y'].",
         "shade: 2 values are unknown to the model: pink (it knows red, green, blue).",
     )
     assert requests.event_features["shade"].tolist() == [0, 1, 0, 0]
     assert read([{"item": "item3", "label": 5, "shade": "", "likes": ""}]).warnings == ()
+
+
+def test_a_user_with_two_values_of_a_feature_is_told_of(read, tmp_path):
+    path = tmp_path / "events.csv"
+    path.write_text("user,item,label,zip,age\n8,item1,5,z2,\n7,item2,5,,\n7,item3,5,z1,48\n7,item4,1,z3,48\n")
+    requests = read(str(path))
+    told = "zip: 1 user has more than one value, and the first is taken: 7 has 'z1', and at"
+    assert requests.warnings == (f"{told} {path}: line 5, column zip 'z3'.",)
+    # A value that the first of a user's events lacks is taken from a later one.
+    assert requests.task_features["zip"].tolist() == [3, 2]
+    assert requests.task_features["age"].tolist() == [0.0, 2.0]
+
+
+def test_lists_of_a_feature_are_compared_whole(read):
+    events = [{"user": "7", "item": "item3", "label": 5, "likes": likes} for likes in (["w1", "w5"], ["w1"], None)]
+    assert len(read(events).warnings) == 1
+    assert read(events[::2]).warnings == ()
+    assert read(events[::2]).task_features["likes"].values.tolist() == [2, 6]
 
 
 def test_every_kind_of_input_reads_the_same(read, tmp_path):
@@ -109,7 +129,7 @@ def test_iso_times(read):
 
 def test_a_column_that_only_later_events_have_is_not_lost(read):
     requests = read([{"item": "item1", "label": 3}, {"item": "item2", "label": 3, "zip": "z0"}])
-    assert requests.task_features["zip"].tolist() == [0]  # the first event's: unknown
+    assert requests.task_features["zip"].tolist() == [1]
     assert not requests.warnings
 
 
