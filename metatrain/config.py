@@ -16,12 +16,22 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
 
 from metatrain import storage
 from metatrain.credentials import REMEDY, holds_credential
 from metatrain.documents import YAML_CHARACTERS, parse_yaml
 from metatrain.errors import ConfigError
+from metatrain.learners import BASE_LEARNERS, META_LEARNERS, remedy_for
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -30,6 +40,19 @@ Width = Annotated[int, Field(gt=0, multiple_of=4)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NotNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _one_of(known: Mapping[str, str]) -> AfterValidator:
+    def check(name: str) -> str:
+        if remedy := remedy_for(name, known):
+            raise ValueError(f"There is none of this name. {remedy}")
+        return name
+
+    return AfterValidator(check)
+
+
+MetaLearnerName = Annotated[str, _one_of(META_LEARNERS)]
+BaseLearnerName = Annotated[str, _one_of(BASE_LEARNERS)]
 RankingMetric = Literal["AUC", "nDCG", "hit rate", "recall", "precision", "MAP"]
 
 
@@ -335,7 +358,7 @@ class TableConfig(Section):
 class ModelConfig(Section):
     """The base learner over the features of user, item and context."""
 
-    learner: str = "mlp"
+    learner: BaseLearnerName = "mlp"
     """Base learner: mlp, factorisation, content (items by their features alone), hybrid (both of these, mixed), deepfm,
     cross (DCN-v2), or the import path of a class of your own (see docs/adding-a-meta-learner.md)."""
     options: dict[str, Option] = {}
@@ -377,7 +400,7 @@ class ModelConfig(Section):
 class MetaConfig(Section):
     """The meta-learner. Each names the settings that it has; one that it doesn't have may not be changed."""
 
-    algorithm: str = "maml"
+    algorithm: MetaLearnerName = "maml"
     """Meta-learner. By gradient steps: maml, fomaml, anil, boil, meta_sgd, imaml, reptile, mamo; in closed form: ridge,
     logistic; by likeness to the support: matching, prototypical, kernel, sequence; by a network over the support: tanp,
     hypernetwork; from a task's own features: metaembedding, mwuf; none, to compare with: joint. Or the import path of a

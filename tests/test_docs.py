@@ -14,11 +14,11 @@ import yaml
 
 from metatrain.config import validated
 from metatrain.errors import ConfigError
+from metatrain.learners import META_LEARNERS
 from metatrain.meta.episode import Episodes, Examples
 from metatrain.meta.learner import MetaLearner
 from metatrain.model.build import build_model
 from metatrain.model.construct import named
-from metatrain.model.pair import META_LEARNERS
 from tests.model.test_pairs import CLICKS, RATINGS
 from tests.pages import ROOT, blocks, example_meta_learner
 

@@ -21,6 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from metatrain import storage
 from metatrain.errors import ConfigError
+from metatrain.learners import remedy_for
 
 
 class Setting(NamedTuple):
@@ -45,17 +46,9 @@ def named(name: str, known: Mapping[str, str], base: type, where: str) -> type[A
     Raises:
         ConfigError: There is no such name, module, file or class, or the class is of another kind.
     """
-    path = known.get(name, name)
-    module_name, colon, class_name = path.rpartition(":")
-    if not colon:
-        near = difflib.get_close_matches(name, known, n=1)
-        raise ConfigError(
-            "There is none of this name.",
-            where=where,
-            got=name,
-            remedy=(f"Did you mean {near[0]!r}? " if near else f"Known: {', '.join(sorted(known))}. ")
-            + "One of your own is named by its import path: `package.module:Class`, or `path/to/file.py:Class`.",
-        )
+    if remedy := remedy_for(name, known):
+        raise ConfigError("There is none of this name.", where=where, got=name, remedy=remedy)
+    module_name, _, class_name = known.get(name, name).rpartition(":")
     found = getattr(_module(module_name, where), class_name, None)
     if not (inspect.isclass(found) and issubclass(found, base)):
         raise ConfigError(

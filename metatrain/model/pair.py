@@ -13,43 +13,13 @@ from torch import nn
 from metatrain.config import Config, MetaConfig, ModelConfig
 from metatrain.data.schema import LabelKind, Schema
 from metatrain.errors import ConfigError
+from metatrain.learners import BASE_LEARNERS, META_LEARNERS
 from metatrain.meta.layout import Layout
 from metatrain.meta.learner import MetaLearner
 from metatrain.meta.link import Staircase
 from metatrain.model.choices import check_loss
 from metatrain.model.construct import Setting, made, named
 from metatrain.model.features import Featurizer
-
-#: Name → import path. One file each.
-META_LEARNERS = {
-    "anil": "metatrain.meta.anil:ANIL",
-    "boil": "metatrain.meta.boil:BOIL",
-    "fomaml": "metatrain.meta.fomaml:FOMAML",
-    "hypernetwork": "metatrain.meta.hypernetwork:Hypernetwork",
-    "imaml": "metatrain.meta.imaml:IMAML",
-    "joint": "metatrain.meta.joint:Joint",
-    "kernel": "metatrain.meta.kernel:Kernel",
-    "logistic": "metatrain.meta.logistic:Logistic",
-    "maml": "metatrain.meta.maml:MAML",
-    "mamo": "metatrain.meta.mamo:MAMO",
-    "matching": "metatrain.meta.matching:Matching",
-    "meta_sgd": "metatrain.meta.meta_sgd:MetaSGD",
-    "metaembedding": "metatrain.meta.metaembedding:MetaEmbedding",
-    "mwuf": "metatrain.meta.mwuf:MWUF",
-    "prototypical": "metatrain.meta.prototypical:Prototypical",
-    "reptile": "metatrain.meta.reptile:Reptile",
-    "ridge": "metatrain.meta.ridge:Ridge",
-    "sequence": "metatrain.meta.sequence:SequenceAttention",
-    "tanp": "metatrain.meta.tanp:TaNP",
-}
-BASE_LEARNERS = {
-    "content": "metatrain.model.learners.content:ContentBased",
-    "cross": "metatrain.model.learners.cross:DeepCross",
-    "deepfm": "metatrain.model.learners.deepfm:DeepFM",
-    "factorisation": "metatrain.model.learners.factorisation:Factorisation",
-    "hybrid": "metatrain.model.learners.hybrid:Hybrid",
-    "mlp": "metatrain.model.learners.mlp:MLP",
-}
 
 _PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 # A share of clicks of exactly 0 or 1 has no finite logit.

@@ -23,12 +23,12 @@ from metatrain.config import Config, validated
 from metatrain.data.batch import TaskBatch
 from metatrain.data.schema import LabelKind
 from metatrain.errors import ConfigError
+from metatrain.learners import META_LEARNERS
 from metatrain.meta.episode import Episodes, Examples
 from metatrain.meta.learner import MetaLearner
 from metatrain.model.build import build_model
 from metatrain.model.construct import named
 from metatrain.model.metamodel import MetaModel
-from metatrain.model.pair import META_LEARNERS
 
 #: Fields of `meta` for the methods whose constructor has the argument: inner steps that bend, and learned rates.
 FIELDS = {"steps": {"steps": 2}, "rate": {"rate": 0.05}, "learn_rates": {"learned_rates": "layer_step"}}

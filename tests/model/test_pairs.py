@@ -12,10 +12,10 @@ from metatrain.config import validated
 from metatrain.data.batch import TaskBatch
 from metatrain.data.schema import Feature, Kind, LabelKind, Level, Schema
 from metatrain.errors import ConfigError
+from metatrain.learners import BASE_LEARNERS, META_LEARNERS
 from metatrain.meta.learner import MetaLearner
 from metatrain.model.build import build_model
 from metatrain.model.construct import named
-from metatrain.model.pair import BASE_LEARNERS, META_LEARNERS
 
 RATINGS = Schema(
     features=(

@@ -8,11 +8,11 @@ import torch
 from metatrain.config import validated
 from metatrain.data.batch import TaskBatch
 from metatrain.data.schema import Feature, Kind, LabelKind, Level, Schema
+from metatrain.learners import META_LEARNERS
 from metatrain.meta.learner import MetaLearner
 from metatrain.model.build import build_model
 from metatrain.model.construct import named
 from metatrain.model.metamodel import MetaModel
-from metatrain.model.pair import META_LEARNERS
 from tests.model.test_pairs import CLICKS, RATINGS, batch
 
 METHODS = {name: named(path, {}, MetaLearner, "meta.algorithm") for name, path in META_LEARNERS.items()}
