@@ -272,7 +272,7 @@ def _task_features(
     for feature in dataset.schema.of(Level.TASK):
         if feature.name not in table.column_names:
             continue
-        values = _identities(_whole(table[feature.name]))
+        values, texts = _identities(_whole(table[feature.name]))
         given = np.flatnonzero(values >= 0)
         first = _first(codes, len(names))
         first[codes[given[::-1]]] = given[::-1]  # the last one written is the first one given
@@ -281,7 +281,7 @@ def _task_features(
         warnings += unknown
         if len(other := given[values[given] != values[first][codes[given]]]):
             row, task = int(other[0]), int(codes[other[0]])
-            told, taken = (table[feature.name][int(at)].as_py() for at in (row, first[task]))
+            told, taken = (texts[int(at)].as_py() for at in (row, first[task]))
             several, word = len(np.unique(codes[other])), dataset.manifest.task
             have = f"{several} {word}s have" if several > 1 else f"1 {word} has"
             warnings.append(
@@ -291,17 +291,15 @@ def _task_features(
     return found, warnings
 
 
-def _identities(column: pa.Array) -> np.ndarray:
-    """A number for each distinct value [n]; -1 where there is none."""
+def _identities(column: pa.Array) -> tuple[np.ndarray, pa.Array]:
+    """A number for each distinct value [n], -1 where there is none; and the values as text."""
     try:
-        if pa.types.is_list(column.type):
-            column = pc.binary_join(column.cast(pa.list_(pa.string())), "\x1f")
-        coded = column.dictionary_encode()
+        listed = pa.types.is_list(column.type)
+        texts = pc.binary_join(column.cast(pa.list_(pa.string())), "|") if listed else column.cast(pa.string())
     except pa.ArrowException:
-        return np.zeros(len(column), np.int64)  # of no use as a feature: refused when it is encoded
-    numbers = coded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
-    empty = np.array([value in (None, "") for value in coded.dictionary.to_pylist()], bool)
-    return np.where((numbers >= 0) & ~np.append(empty, True)[numbers], numbers, -1)
+        return np.zeros(len(column), np.int64), column  # of no use as a feature: refused when it is encoded
+    coded = pc.if_else(pc.equal(texts, ""), None, texts).dictionary_encode()
+    return coded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64), texts
 
 
 def _features(

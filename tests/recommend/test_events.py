@@ -65,7 +65,7 @@ def test_values_that_the_model_does_not_know_are_told(read):
     assert requests.warnings == (
         # Of a user's features the first event's count.
         "likes: 3 values are unknown to the model: x, z (it knows w0, w1, w2, w3, w4, …).",
-        f"{twice} 7 has ['w1', 'x'], and at the list: event 1, column likes ['y'].",
+        f"{twice} 7 has 'w1|x', and at the list: event 1, column likes 'y'.",
         "shade: 2 values are unknown to the model: pink (it knows red, green, blue).",
     )
     assert requests.event_features["shade"].tolist() == [0, 1, 0, 0]
