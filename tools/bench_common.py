@@ -140,7 +140,7 @@ def _role(pid: int) -> str:
     if command.startswith("ray::"):
         name = command[len("ray::") :].split("(")[0].split(".")[0].strip()
         return "idle ray worker" if name.startswith("IDLE") else name
-    return "ray services"
+    return "a process of its own" if "multiprocessing" in command else "ray services"
 
 
 def private_bytes(pid: int) -> int:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import sys
 import tempfile
 import time
@@ -101,9 +102,13 @@ def over_users(
         row: dict[str, Any] = {"users": count, "items": config.prepare.synthetic.items, "workers": workers}
         with PeakMemory() as memory:
             begun = time.perf_counter()
-            manifest = prepare(config.prepare, config.data.dataset, progress=False, overwrite=True)
+            # In a process of its own: what preparing leaves behind in an allocator is not the trainer's.
+            alone = multiprocessing.get_context("spawn").Process(target=_prepare, args=(config,))
+            alone.start()
+            alone.join()
             row["prepare_seconds"] = round(time.perf_counter() - begun, 1)
         row |= _megabytes("prepare", memory)
+        manifest = TaskDataset.open(config.data.dataset).manifest
         with PeakMemory() as memory:
             begun = time.perf_counter()
             launch(config, work=trained)
@@ -124,6 +129,10 @@ def over_users(
             if name.endswith("peak_mb"):
                 print(f"  {name.removesuffix(' peak_mb'):<36} {value:>8,.0f} MB", flush=True)
     return rows
+
+
+def _prepare(config: Config) -> None:
+    prepare(config.prepare, config.data.dataset, progress=False, overwrite=True)
 
 
 def _megabytes(stage: str, memory: PeakMemory) -> dict[str, float]:
