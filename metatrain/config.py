@@ -477,7 +477,8 @@ class CheckpointConfig(Section):
     """When checkpoints are written and which are kept."""
 
     every_steps: NotNegative = 100
-    """Steps between checkpoints. 0: only by time and at the end."""
+    """Steps from one checkpoint, whatever it was made for (the best validation loss, say), to the next. 0: only by time
+    and at the end."""
     every_minutes: NotNegativeFloat = 0.0
     """Minutes between checkpoints. 0: only by steps and at the end."""
     keep: Positive = 3
