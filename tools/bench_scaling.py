@@ -106,6 +106,8 @@ def over_users(
             alone = multiprocessing.get_context("spawn").Process(target=_prepare, args=(config,))
             alone.start()
             alone.join()
+            if alone.exitcode:
+                raise SystemExit(f"preparing {count:,} users failed")
             row["prepare_seconds"] = round(time.perf_counter() - begun, 1)
         row |= _megabytes("prepare", memory)
         manifest = TaskDataset.open(config.data.dataset).manifest

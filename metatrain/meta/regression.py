@@ -36,7 +36,7 @@ class Regression(MetaLearner):
         strength: λ of the weights at the start.
         bias_strength: λ of the bias at the start.
         rated: Whether what a task has rated moves the weights that the regression is around.
-        settings: See `MetaLearner`.
+        memory, loss, huber_delta, precision: See `MetaLearner`.
 
     Raises:
         ValueError: The base learner doesn't represent, or a strength is not above 0.
