@@ -169,14 +169,14 @@ def random_events(seed: int, count: int, there: Sequence[Place], mild: bool = Fa
 
     Args:
         seed: Another seed is another stream.
-        count: Number of faults.
+        count: Number of faults: `nodes` or more.
         there: The run's places.
         mild: Only faults that need no restart of the workers.
         nodes: Nodes that are killed.
     """
     draw = random.Random(seed)
     known = [name for name in KINDS if name in MILD or not mild]
-    once = draw.sample(known, min(count, len(known)))
+    once = draw.sample(known, min(count - (nodes - 1), len(known)))
     once += ["Ray node killed"] * (nodes - 1)
     names = once + draw.choices(known, [KINDS[name][1] for name in known], k=count - len(once))
     draw.shuffle(names)

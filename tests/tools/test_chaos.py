@@ -28,6 +28,14 @@ def test_a_stream_is_a_function_of_its_seed_and_has_every_kind() -> None:
     assert all(event.faults or event.outside for event in events)
 
 
+def test_a_short_stream_has_as_many_faults_as_asked_for_and_kills_every_node() -> None:
+    there = chaos_plan.places([47] * 60, ranks=2)
+    for seed in range(20):
+        events = chaos_plan.random_events(seed, 6, there, nodes=3)
+        assert len(events) == 6
+        assert sum(event.kind == "Ray node killed" for event in events) >= 2
+
+
 def test_a_mild_stream_restarts_nothing() -> None:
     events = chaos_plan.random_events(0, 200, chaos_plan.places([50] * 100, ranks=1), mild=True)
     assert {event.kind for event in events} == set(chaos_plan.MILD)
