@@ -436,6 +436,10 @@ class MetaConfig(Section):
     """Loss of support events. Default: the same."""
     huber_delta: PositiveFloat = 1.0
     """Where the Huber loss turns from square to line, in units of the label."""
+    size_weight: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """What a task counts in training: the number of its query events to this power. 0: every task the same, however
+    few events it has; 1: every event the same, whoever's it is. The higher, the better rows are learned of items that
+    frequent users alone know; the lower, the more users with few events count."""
 
 
 # --- train ---------------------------------------------------------------------------------------------------------

@@ -50,11 +50,22 @@ class Episodes:
     support: Examples
     query: Examples
     rows: dict[str, Tensor]  # adapted feature → float [T, R, D], differentiable to the tables
+    weights: Tensor | None = None  # float [T]: what each task counts in the meta-loss; None: 1 each
 
     @property
     def size(self) -> int:
         """Number of tasks, T."""
         return int(self.support.labels.shape[0])
+
+    def weighed(self, of_tasks: Tensor) -> Tensor:
+        """What is the tasks', [T, …], by what each task counts."""
+        if self.weights is None:
+            return of_tasks
+        return of_tasks * self.weights.view(-1, *[1] * (of_tasks.dim() - 1))
+
+    def summed(self, of_tasks: Tensor) -> Tensor:
+        """The sum over tasks of what is theirs, by what each task counts: [T, …] → […]; of losses [T] a scalar."""
+        return self.weighed(of_tasks).sum(0)
 
 
 class Sizes(NamedTuple):

@@ -149,7 +149,7 @@ class IMAML(MAML):
         with torch.no_grad():
             unadapted = self._engine.predict(parameters, FastWeights({}, episodes.rows), query)
             before = self.task_losses(unadapted, query)
-        return QueryLoss(after.sum(), after.detach(), before)
+        return QueryLoss(episodes.summed(after), after.detach(), before)
 
     def _solved(self, parameters: Tensors, support: Examples, rows: Tensors) -> FastWeights:
         others = [name for name in parameters if name not in self.adapted]

@@ -88,7 +88,7 @@ class Joint(MAML):
             counts.append(examples.mask.sum(-1))
         each = (losses[0].sum(-1) + losses[1].sum(-1)) / (counts[0] + counts[1]).clamp(min=1.0)
         query = (losses[1].sum(-1) / counts[1].clamp(min=1.0)).detach()
-        return QueryLoss(each.sum() + self.untouched(), query, query)
+        return QueryLoss(episodes.summed(each) + self.untouched(), query, query)
 
     def candidates(self) -> Sequence[Mapping[str, float]]:
         """See `MetaLearner.candidates`."""

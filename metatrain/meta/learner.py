@@ -7,7 +7,8 @@ configuration that it names. It imports torch and `metatrain.meta` alone.
 What holds for every meta-learner:
 
 - Padding has mask 0 and changes no result; a task may have no support at all.
-- Losses are sums over tasks: the caller divides by the global number of tasks, so ranks may hold unequal numbers.
+- Losses are sums over tasks, by what each counts (`Episodes.summed`): the caller divides by what all ranks' tasks count
+  together, so ranks may hold unequal numbers.
 - No loop over tasks or events in Python.
 - `FastWeights` hold whatever a task's adapted state is, under names of the method's own, tasks first.
 
@@ -38,8 +39,8 @@ _CALL_SECONDS, _OPERATION_SECONDS = 1e-3, 2e-11
 class QueryLoss(NamedTuple):
     """The meta-loss of T tasks."""
 
-    # Scalar to differentiate: the sum over tasks of each one's mean query loss after adaptation; a method may weigh
-    # that with losses of its own.
+    # Scalar to differentiate: the sum over tasks of each one's mean query loss after adaptation, by what the task
+    # counts (`Episodes.summed`); a method may weigh that with losses of its own.
     total: Tensor
     after: Tensor  # [T], detached: each task's mean query loss after adaptation
     before: Tensor  # [T], detached: the same without adaptation
@@ -159,14 +160,14 @@ class MetaLearner(nn.Module):
         return scores if self.link is None else self.link(scores, fast.steps)
 
     def forward(self, episodes: Episodes) -> QueryLoss:
-        """The sum of the tasks' query losses after adaptation (and of the link's own), and each before and after."""
+        """The tasks' query losses after adaptation and the link's own, by what each counts; each before and after."""
         support, query, rows = episodes.support, episodes.query, episodes.rows
         fast = self.adapt_whole(support, rows)
         scores = self.predict(fast, query)
         after = self.task_losses(self._linked(scores, fast), query)
-        total = after.sum() + self.untouched()
+        total = episodes.summed(after) + self.untouched()
         if self.link is not None:
-            total = total + self.link.order_loss(scores, query.labels, query.mask).sum()
+            total = total + episodes.summed(self.link.order_loss(scores, query.labels, query.mask))
         with torch.no_grad():
             before = self.task_losses(self.predictions(self.unadapted_whole(support, rows), query), query)
         return QueryLoss(total, after.detach(), before)

@@ -185,6 +185,7 @@ class LowRankEngine:
             weights,
             query.labels,
             query.mask,
+            episodes.weighed(torch.ones_like(query.labels[:, 0])),
             *(x.contiguous() for x in inputs),
             table.view(len(rates), len(rate_names)),
             *(parameters[name] for name in names),

@@ -176,4 +176,4 @@ class ChoosingEngine:
         with torch.no_grad():
             scores = self._vmap.predict(parameters, FastWeights({}, episodes.rows), query)
             before = mean_over_events(of_event(scores, query.labels), query.mask)
-        return AdaptedLosses(after.sum(), after.detach(), before)
+        return AdaptedLosses(episodes.summed(after), after.detach(), before)

@@ -98,15 +98,19 @@ class Recordings(threading.local):
 
 
 class AdaptedLoss(torch.autograd.Function):
-    """(labels_s, weights_s, labels_q, mask_q, inputs…, rates, parameters…) → total, after [T], before [T]."""
+    """(labels_s, weights_s, labels_q, mask_q, counts, inputs…, rates, parameters…) → total, after [T], before [T].
+
+    `counts` [T] is what each task counts in the total.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, problem: Problem, recordings: Recordings, *tensors: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        labels_s, weights_s, labels_q, mask_q = tensors[:4]
-        inputs, (rates, *values) = tensors[4 : 4 + problem.inputs], tensors[4 + problem.inputs :]
-        needs = [need and problem.differentiate for need in ctx.needs_input_grad[6:]]
+        labels_s, weights_s, labels_q, mask_q, counts = tensors[:5]
+        inputs, (rates, *values) = tensors[5 : 5 + problem.inputs], tensors[5 + problem.inputs :]
+        needs = [need and problem.differentiate for need in ctx.needs_input_grad[7:]]
+        an_event_T1 = (counts / mask_q.sum(-1).clamp(min=1.0)).unsqueeze(-1)
         needs_x = any(needs[: 4 if problem.skips else 2])
         # One transfer for all rates: as Python numbers they go into the products for free.
         steps = [dict(zip(problem.rate_names, row, strict=True)) for row in rates.tolist()]
@@ -168,8 +172,7 @@ class AdaptedLoss(torch.autograd.Function):
                 continue
             d_s = torch.empty_like(labels_q[part])
             problem.outer.slope(scores[part], labels_q[part], d_s)
-            mask = mask_q[part]
-            _copy(buffers.d_scores, d_s.mul_(mask).div_(mask.sum(-1, keepdim=True).clamp_(min=1.0)))
+            _copy(buffers.d_scores, d_s.mul_(mask_q[part]).mul_(an_event_T1[part]))
             if chunk.backward.empty:
                 chunk.record_backward()
             else:
@@ -188,15 +191,15 @@ class AdaptedLoss(torch.autograd.Function):
             own = [found.rates.to(rates.dtype, copy=True), *(gradient.clone() for gradient in found.of.values())]
             ctx.found = [*d_inputs, *own]
         ctx.mark_non_differentiable(after, before)
-        return after.sum(), after, before
+        return (counts * after).sum(), after, before
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, by_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         # Not in place: a graph may be retained and go backward again.
-        needs = ctx.needs_input_grad[6:]
+        needs = ctx.needs_input_grad[7:]
         scaled = [g * by_total if need and g is not None else None for g, need in zip(ctx.found, needs, strict=True)]
-        return None, None, None, None, None, None, *scaled
+        return None, None, None, None, None, None, None, *scaled
 
 
 def _buffers(

@@ -125,7 +125,7 @@ class MAML(MetaLearner):
         return self._engine.predict(self._parameters_and_buffers(), fast, examples)
 
     def forward(self, episodes: Episodes) -> QueryLoss:
-        """The sum of the tasks' query losses after adaptation, and each before and after."""
+        """The tasks' query losses after adaptation, by what each counts, and each before and after."""
         if self._fuses(episodes):
             return self._query_loss(self._parameters_and_buffers(), self.rates, episodes, 0)
         plan = self.plan(Sizes.of(episodes.support, episodes.query, episodes.rows))
@@ -208,6 +208,7 @@ class MAML(MetaLearner):
                     Examples(x_support, of_support.slots, of_support.labels, of_support.mask),
                     Examples(x_query, of_query.slots, of_query.labels, of_query.mask),
                     dict(zip(features, rows, strict=True)),
+                    None if episodes.weights is None else episodes.weights[start:stop],
                 ),
                 plan.keep,
             )

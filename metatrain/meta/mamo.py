@@ -183,7 +183,7 @@ class MAMO(MAML):
         after = self.task_losses(self._vmap.predict(of_learner, fast, query), query)
         with torch.no_grad():
             before = self.task_losses(self._vmap.predict(of_learner, FastWeights(start, rows), query), query)
-        return QueryLoss(after.sum(), after.detach(), before)
+        return QueryLoss(episodes.summed(after), after.detach(), before)
 
     def _slots(self, parameters: Tensors, examples: Examples) -> Tensor:
         # Each of a task's events has its features; a mean would depend, in the last bit, on how many there are.

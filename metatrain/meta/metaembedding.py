@@ -102,8 +102,8 @@ class MetaEmbedding(TaskVectorLearner):
         weight = self.alpha * support.mask.amax(-1)
         with torch.no_grad():
             before = self.task_losses(self.predict(self.unadapted(support, rows), query), query)
-        total = (weight * self.task_losses(cold, support) + (1 - weight) * after).sum()
-        return QueryLoss(total + self.untouched(), after.detach(), before)
+        total = weight * self.task_losses(cold, support) + (1 - weight) * after
+        return QueryLoss(episodes.summed(total) + self.untouched(), after.detach(), before)
 
     def _adapted(self, support: Examples, rows: Tensors) -> tuple[FastWeights, Tensor]:
         """The adapted state, and the generated embedding's scores [T, S] of the support."""

@@ -116,21 +116,21 @@ class Reptile(MAML):
             after = self._losses(parameters, fast, query)
             before = self._losses(parameters, FastWeights({}, rows), query)
         if not torch.is_grad_enabled():
-            return QueryLoss(after.sum(), after, before)
+            return QueryLoss(episodes.summed(after), after, before)
         seen = query
         if self.sees == "all":
             seen = joined(support, query)
             with torch.no_grad():
                 fast = self._engine.adapt(parameters, self.adapted, steps, seen, rows)
         rate = rates[0, 0]
-        pulled = self._losses(parameters, fast, seen).sum()
+        pulled = episodes.summed(self._losses(parameters, fast, seen))
         for name, weight in fast.weights.items():
             theta = parameters[name]
             # Differences first: the sum of T weights would swallow them.
-            pulled = pulled + ((theta.detach() - weight).sum(0) / rate * theta).sum()
+            pulled = pulled + (episodes.summed(theta.detach() - weight) / rate * theta).sum()
         for name, own in rows.items():
-            pulled = pulled + ((own.detach() - fast.rows[name]) / rate * own).sum()
-        return QueryLoss(after.sum() + (pulled - pulled.detach()), after, before)
+            pulled = pulled + (episodes.weighed(own.detach() - fast.rows[name]) / rate * own).sum()
+        return QueryLoss(episodes.summed(after) + (pulled - pulled.detach()), after, before)
 
     def _losses(self, parameters: Tensors, fast: FastWeights, examples: Examples) -> Tensor:
         return self.task_losses(self._engine.predict(parameters, fast, examples), examples)

@@ -153,7 +153,7 @@ class TaNP(MetaLearner):
             after = self.task_losses(self._decoded(x_query, base, state), query)
             # Without support the factor is 0, and nothing is left but the base learner's score.
             before = self.task_losses(base, query)
-        return QueryLoss(losses.sum() + self.untouched(), after, before)
+        return QueryLoss(episodes.summed(losses) + self.untouched(), after, before)
 
     @property
     def links(self) -> bool:

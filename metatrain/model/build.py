@@ -41,6 +41,6 @@ def build_model(
             seed=config.train.seed,
             scale=config.model.init_scale,
         )
-    whole = MetaModel(tables, featurizer, meta, config.train.optimizer.table_decay)
+    whole = MetaModel(tables, featurizer, meta, config.train.optimizer.table_decay, config.meta.size_weight)
     whole.meta.to(device)
     return whole

@@ -72,16 +72,23 @@ class AdaptedTasks:
 class MetaModel(nn.Module):
     """Tables, features and meta-learner. Made by `build.build_model`."""
 
-    def __init__(self, tables: Tables, featurizer: Featurizer, meta: MetaLearner, table_decay: float = 0.0) -> None:
+    def __init__(
+        self,
+        tables: Tables,
+        featurizer: Featurizer,
+        meta: MetaLearner,
+        table_decay: float = 0.0,
+        size_weight: float = 0.0,
+    ) -> None:
         super().__init__()
         self.tables, self.featurizer, self.meta = tables, featurizer, meta
-        self._table_decay = table_decay
+        self._table_decay, self._size_weight = table_decay, size_weight
 
     def forward(
         self,
         batch: TaskBatch,
         step: int,
-        tasks_global: Callable[[], Tensor] | float,
+        weight_global: Callable[[], Tensor] | float,
         world_size: int = 1,
         asked: Asked | None = None,
         laps: Laps | None = None,
@@ -89,16 +96,16 @@ class MetaModel(nn.Module):
     ) -> StepOutput:
         """The meta-loss of this rank's tasks; every rank must call it, if only with a batch of no tasks.
 
-        The loss is world_size / tasks_global × (sum of this rank's tasks' query losses), so that the mean over ranks
-        that DDP and the tables take is the mean over the global batch. With `table_decay` d, the step also adds
-        ½ d × (sum of squares of the distinct rows that the global batch looks up), so that each of these rows gets
-        the gradient d × row, at any world size.
+        The loss is world_size / weight_global × (sum of this rank's tasks' query losses, by what each task counts), so
+        that the mean over ranks that DDP and the tables take is the mean over the global batch. With `table_decay` d,
+        the step also adds ½ d × (sum of squares of the distinct rows that the global batch looks up), so that each of
+        these rows gets the gradient d × row, at any world size.
 
         Args:
             batch: Tensors of this rank's tasks.
             step: Training step, for what is hidden in training.
-            tasks_global: Tasks of all ranks together; a function of that where the ranks are still counting: it is
-                called after the inner loop.
+            weight_global: What the tasks of all ranks count together (`weight`); a function of that where the ranks are
+                still counting: it is called after the inner loop.
             world_size: Number of ranks.
             asked: What `ask` gave for this batch and step. Default: asked now.
             laps: Told of the stages.
@@ -115,7 +122,7 @@ class MetaModel(nn.Module):
             if self.training:
                 assembled = self.featurizer.without_supports(assembled, batch.tasks, buckets, step)
             laps.lap("assemble")
-            parts = [self.meta(of_bucket.episodes) for of_bucket in assembled]
+            parts = [self.meta(self._weighed(of_bucket.episodes)) for of_bucket in assembled]
             total = torch.stack([part.total for part in parts]).sum()
             after, before = (_in_order(buckets, [getattr(p, name) for p in parts]) for name in ("after", "before"))
         else:
@@ -126,13 +133,24 @@ class MetaModel(nn.Module):
             ).sum()
             after = before = torch.zeros(0, device=total.device)
         laps.lap("inner_loop")
-        loss = total * (world_size / (tasks_global() if callable(tasks_global) else tasks_global))
+        loss = total * (world_size / (weight_global() if callable(weight_global) else weight_global))
         if self._table_decay and torch.is_grad_enabled():
             loss = loss + (0.5 * self._table_decay * world_size) * self.tables.touched_norm(found)
         looked_up = [rows.detach() for _, rows in found.tables.values()]
         squares = torch.stack([total.detach().new_zeros(()), *(rows.norm() for rows in looked_up)]).square().sum()
         count = sum(rows.shape[0] for rows in looked_up)
         return StepOutput(loss, before.sum(), after.sum(), before - after, batch.size, count, squares, found.held)
+
+    def weight(self, batch: TaskBatch) -> Tensor | float:
+        """What a batch's tasks count together in the meta-loss: a scalar."""
+        if not self._size_weight:
+            return float(batch.size)
+        return batch.query_lengths.to(torch.float64).pow(self._size_weight).sum()
+
+    def _weighed(self, episodes: Episodes) -> Episodes:
+        if not self._size_weight:
+            return episodes
+        return replace(episodes, weights=episodes.query.mask.sum(-1).pow(self._size_weight))
 
     def ask(self, batch: TaskBatch, step: int) -> Asked:
         """Begins the lookup of a batch; no row is read before `forward`. Collective, as `forward` is."""

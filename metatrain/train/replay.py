@@ -11,7 +11,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -219,7 +219,8 @@ class _Replaying:
         return output, found
 
     def _forward(self, batch: TaskBatch) -> StepOutput:
-        return self._distributed.module(batch, self._bad.total, float(max(1, batch.size)), 1, None, None, True)
+        weight = max(1.0, float(cast(MetaModel, self._distributed.model).weight(batch)))
+        return self._distributed.module(batch, self._bad.total, weight, 1, None, None, True)
 
     def _first_operation(self, batch: TaskBatch) -> str | None:
         """What torch's anomaly detection says of the backward pass."""

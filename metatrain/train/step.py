@@ -78,7 +78,7 @@ class OuterLoop:
         """
         laps = self._laps or Laps(batch.labels.device)
         self._pulse.enter("forward")
-        sums = _Sums(batch, wish)
+        sums = _Sums(self._model.weight(batch), batch.labels, wish)
         share = rate_share(self._config, step, self._last)
         rate, table_rate = share * self._config.rate, share * self._config.table_rate
         self._distributed.set_table_rate(table_rate)  # before backward, which updates the tables
@@ -89,7 +89,7 @@ class OuterLoop:
             self._ahead = following, step + 1, self._model.ask(following, step + 1)
             laps.lap("lookup")
         hold = self._guard is not None and self._guard.skips
-        output: StepOutput = self._distributed.module(batch, step, sums.tasks, self._world_size, asked, laps, hold)
+        output: StepOutput = self._distributed.module(batch, step, sums.weight, self._world_size, asked, laps, hold)
         if self._ahead is not None:
             self._ahead[2].request.send()
         self._pulse.enter("backward")
@@ -132,23 +132,29 @@ class OuterLoop:
 
 
 class _Sums:
-    """What the ranks add up in every step, begun before its work: the tasks of the global batch, and wishes.
+    """What the ranks add up in every step, begun before its work: what the tasks of the global batch count, and wishes.
 
     The plan doesn't know the tasks: a rank finds out which have too few events as it reads them. The GPU's path has not
     been run.
+
+    Args:
+        weight: What this rank's tasks count.
+        like: Of the losses' type, where they will be.
+        wish: Whether this rank has one.
     """
 
-    def __init__(self, batch: TaskBatch, wish: bool) -> None:
-        device, self._dtype = batch.labels.device, batch.labels.dtype
+    def __init__(self, weight: Tensor | float, like: Tensor, wish: bool) -> None:
+        device, self._dtype = like.device, like.dtype
         self.on_gpu = device.type == "cuda"
-        self._sums = torch.tensor([float(batch.size), float(wish)], dtype=torch.float64, device=device)
+        self._sums = torch.tensor([0.0, float(wish)], dtype=torch.float64, device=device)
+        self._sums[0] = weight
         work = dist.all_reduce(self._sums, async_op=True)
         assert work is not None, "this process is in the group"
         self._work = work
         self._copied: torch.cuda.Event | None = None
 
-    def tasks(self) -> Tensor:
-        """Waits for the tasks of the global batch, at least 1."""
+    def weight(self) -> Tensor:
+        """Waits for what the tasks of the global batch count together, at least 1."""
         self._work.wait()
         if self.on_gpu:
             self._host = torch.empty(2, dtype=torch.float64, pin_memory=True)

@@ -45,7 +45,7 @@ def sharded_gradients(
     """
     distributed = distribute(model, optimizer, plan=plan)
     before = tables_of(distributed.state_dict())
-    output = distributed.module(part_of(batch, mine).tensors(), 0, float(batch.size), world_size)
+    output = distributed.module(part_of(batch, mine).tensors(), 0, float(model.weight(batch.tensors())), world_size)
     output.loss.backward()
     distributed.update_replicated()
     after = tables_of(distributed.state_dict())

@@ -60,6 +60,11 @@ class Case:
         return "-".join((self.meta, self.learner, *marks))
 
     @property
+    def size_weight(self) -> float:
+        """What tasks count: around one base learner all the same, around the other by the root of their events."""
+        return 0.5 if self.learner == "mlp" else 0.0
+
+    @property
     def label(self) -> LabelKind:
         return LabelKind.CLICK if self.click else LabelKind.RATING
 
@@ -73,6 +78,7 @@ class Case:
                 "meta": {
                     "algorithm": self.meta,
                     "loss": "binary_cross_entropy" if self.click else "squared",
+                    "size_weight": self.size_weight,
                     "adapt_rows": ["genres", "item", "likes"] if self.rows else [],
                     "options": OPTIONS.get(self.meta, {}) | dict(self.options),
                     **fields,
@@ -155,7 +161,10 @@ def reference_of(case: Case) -> tuple[dict[str, Tensor], float, float]:
         rows = {feature: tables[model.tables.table_of[feature].name][of] for feature, of in ids.items()}
         [assembled] = model.featurizer.assemble(alone, rows, ids)
         parts.append(model.meta(doubled(assembled.episodes)))
-    (torch.stack([part.total for part in parts]).sum() / batch.size).backward()
+    counts = [len_of_query**case.size_weight for len_of_query in batch.query_lengths.tolist()]
+    assert len(set(counts)) > 1 or not case.size_weight, "weights that are all alike change nothing"
+    total = torch.stack([part.total * count for part, count in zip(parts, counts, strict=True)]).sum()
+    (total / sum(counts)).backward()
     gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
     return gradients, float(sum(part.before.sum() for part in parts)), float(sum(part.after.sum() for part in parts))
 
