@@ -455,7 +455,7 @@ class OptimizerConfig(Section):
     table: Literal["sgd", "adagrad", "rowwise_adagrad"] = "rowwise_adagrad"
     """Optimizer fused into the tables' backward pass."""
     weight_decay: NotNegativeFloat = 0.0
-    """Decoupled weight decay of dense parameters (AdamW)."""
+    """Decoupled decay of the weights of dense layers (AdamW); biases, inner rates, λ and thresholds have none."""
     table_decay: NotNegativeFloat = 0.0
     """L2 of the rows that a step touches, added to the loss: its gradient is `table_decay` × row."""
     clip: NotNegativeFloat = 10.0

@@ -22,8 +22,16 @@ def rate_share(config: OptimizerConfig, step: int, total_steps: int) -> float:
     return config.final_share + (1 - config.final_share) * left
 
 
+def decays(name: str, parameter: Tensor) -> bool:
+    """Whether weight decay is of this parameter: a layer's weights."""
+    return parameter.dim() > 1 and name.rpartition(".")[2] == "weight"
+
+
 class DenseOptimizer:
     """AdamW (Loshchilov and Hutter 2019) over the dense parameters, by name, with clipping of the whole gradient.
+
+    Weights of layers decay; biases, and what a method learns besides, do not: an inner rate, a λ or a threshold between
+    two labels has no reason to be near 0.
 
     Its state exists from the start, so that a checkpoint can be loaded into it at any time.
     """
@@ -31,7 +39,12 @@ class DenseOptimizer:
     def __init__(self, parameters: dict[str, nn.Parameter], config: OptimizerConfig) -> None:
         self._parameters = {name: p for name, p in sorted(parameters.items()) if p.requires_grad}
         self._clip = config.clip
-        self._adam = torch.optim.AdamW(list(self._parameters.values()), lr=0.0, weight_decay=config.weight_decay)
+        groups = {
+            decay: [p for name, p in self._parameters.items() if decays(name, p) == decay] for decay in (True, False)
+        }
+        self._adam = torch.optim.AdamW(
+            [{"params": of, "weight_decay": config.weight_decay * decay} for decay, of in groups.items() if of], lr=0.0
+        )
         for p in self._parameters.values():
             self._adam.state[p] = {
                 "step": torch.zeros(()),

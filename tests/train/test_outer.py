@@ -34,12 +34,21 @@ def test_rates_rise_in_the_warmup_then_fall_to_the_final_share(schedule, warmup,
         assert math.isclose(falling[-1], final, abs_tol=1e-9)
 
 
-def test_updates_equal_torch_adamw_with_clipping():
+def test_updates_equal_torch_adamw_with_clipping_and_decay_of_layers_weights_alone():
     torch.manual_seed(0)
-    ours = {"a": nn.Parameter(torch.randn(3, 2)), "b": nn.Parameter(torch.randn(4))}
+    # In the order of their names, or the norm is another sum.
+    shapes = {
+        "layers.0.bias": (3,),
+        "layers.0.weight": (3, 2),
+        "log_strength": (),
+        "norm.weight": (3,),
+        "rates": (2, 3),
+    }
+    ours = {name: nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
     theirs = [nn.Parameter(p.detach().clone()) for p in ours.values()]
     optimizer = DenseOptimizer(ours, OptimizerConfig(clip=0.5, weight_decay=0.1))
-    reference = torch.optim.AdamW(theirs, lr=0.01, weight_decay=0.1)
+    groups = [{"params": theirs[1:2], "weight_decay": 0.1}, {"params": [theirs[0], *theirs[2:]], "weight_decay": 0.0}]
+    reference = torch.optim.AdamW(groups, lr=0.01)
     for step in range(5):
         for mine, other in zip(ours.values(), theirs, strict=True):
             mine.grad = torch.randn_like(mine) * (step + 1)
