@@ -264,7 +264,8 @@ class EpisodeConfig(Section):
     by: Literal["time", "random"] = "time"
     """time: the query is later than the support; random: the query is drawn at random."""
     cut: Literal["last", "uniform"] = "last"
-    """By time: the query is the last events (last), or begins at a point drawn for each task and epoch (uniform)."""
+    """last: the query is as large as can be; uniform: how many events are support is drawn for each task and epoch, so
+    that training sees supports of all sizes. By time, the query is the last events, or begins at a point drawn."""
     support_min: NotNegative = 1
     """Fewest support events."""
     support_max: Positive = 64
@@ -321,6 +322,14 @@ class DataConfig(Section):
     def most_readers(self) -> int:
         """Readers that a worker may come to have."""
         return self.most_readers_per_worker if self.readers_per_worker == "auto" else self.readers_per_worker
+
+    @model_validator(mode="before")
+    @classmethod
+    def _cut_is_drawn(cls, given: Any) -> Any:
+        # The default of training's episodes, where some of their fields are given and this one isn't.
+        if isinstance(given, dict) and isinstance(given.get("episode"), dict):
+            return {**given, "episode": {"cut": "uniform", **given["episode"]}}
+        return given
 
     @model_validator(mode="after")
     def _divides(self) -> DataConfig:
@@ -826,7 +835,7 @@ def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 #: Fields of a section that mean the same for every learner; the others are the named learner's.
-_OF_ANY_LEARNER = {"meta": ("algorithm", ("loss", "huber_delta", "memory")), "model": ("learner", None)}
+_OF_ANY_LEARNER = {"meta": ("algorithm", ("loss", "huber_delta", "memory", "size_weight")), "model": ("learner", None)}
 
 
 def _inherited(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -98,6 +98,13 @@ def test_yaml_reads_back_to_an_equal_configuration(tmp_path_factory, epochs, rat
     assert load_config(str(path)) == config
 
 
+def test_training_draws_its_cuts_also_where_other_fields_of_its_episodes_are_given():
+    config = validated({"data": {"episode": {"query_max": 3}}, "evaluate": {"episode": {"query_max": 3}}}, where="here")
+    assert (config.data.episode.cut, config.data.episode.query_max) == ("uniform", 3)
+    assert (config.evaluate.episode.cut, config.evaluate.episode.query_max) == ("last", 3)
+    assert validated({"data": {"episode": {"cut": "last"}}}, where="here").data.episode.cut == "last"
+
+
 def test_the_configuration_is_frozen():
     with pytest.raises(ValueError, match="frozen"):
         Config().train.epochs = 2

@@ -5,10 +5,12 @@ tasks in the batch, nor of who reads it. Pure numpy; no loop over tasks.
 
 A task of n events, bounds support_min 1, support_max 3, query_max 2::
 
-    time, last     . . . s s s q q         query: the last min(query_max, n - support_min) events
-    time, uniform  . s s s q q . .         query: begins at a point drawn among those that leave support_min before
-                                           and query_min behind; support: the latest support_max before it
-    random         s q . s . . q s         query: a draw of min(query_max, n - support_min); support: a draw of the rest
+    time, last       . . . s s s q q         query: the last min(query_max, n - support_min) events
+    time, uniform    . s s s q q . .         query: begins at a point drawn among those that leave support_min before
+                                             and query_min behind; support: the latest support_max before it
+    random, last     s q . s . . q s         query: a draw of min(query_max, n - support_min); support: of the rest
+    random, uniform  . q . s . s q .         support: a draw, of a size drawn among those that leave query_min; query:
+                                             a draw of the rest
 """
 
 from __future__ import annotations
@@ -108,8 +110,13 @@ def _by_time(
 def _at_random(
     n: np.ndarray, first: np.ndarray, ordinals: np.ndarray, episode: EpisodeConfig, seed: int, epoch: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    query = np.minimum(episode.query_max, n - episode.support_min)
-    support = np.minimum(episode.support_max, n - query)
+    if episode.cut == "last":
+        query = np.minimum(episode.query_max, n - episode.support_min)
+        support = np.minimum(episode.support_max, n - query)
+    else:
+        choices = np.minimum(episode.support_max, n - episode.query_min) - episode.support_min + 1
+        support = episode.support_min + below(choices, hashed(_CUT, seed, epoch, ordinals))
+        query = np.minimum(episode.query_max, n - support)
     task = np.repeat(np.arange(len(n)), n)
     position = segments(np.zeros_like(n), n)
     draw = hashed(hashed(_DRAW, seed, epoch, ordinals)[task], position)

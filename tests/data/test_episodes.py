@@ -33,17 +33,23 @@ def one_task(n: int, episode: EpisodeConfig, seed: int, epoch: int, ordinal: int
     """Slow and obvious: support and query positions of one task, or None where it is skipped."""
     if n < episode.support_min + episode.query_min or not episode.events_min <= n <= episode.events_max:
         return None
+    share = (int(hashed(3, seed, epoch, ordinal)) >> 11) * 2.0**-53
     query_size = min(episode.query_max, n - episode.support_min)
     if episode.by == "random":
         of_task = hashed(4, seed, epoch, ordinal)
         ranked = sorted(range(n), key=lambda position: int(hashed(int(of_task), position)))
+        support_size = min(episode.support_max, n - query_size)
+        if episode.cut == "uniform":
+            sizes = [s for s in range(episode.support_min, episode.support_max + 1) if n - s >= episode.query_min]
+            support_size = sizes[int(share * len(sizes))]
+            query_size = min(episode.query_max, n - support_size)
         rest = ranked[query_size:]
-        return sorted(rest[: episode.support_max]), sorted(ranked[:query_size])
+        return sorted(rest[:support_size]), sorted(ranked[:query_size])
     if episode.cut == "last":
         cut = n - query_size
     else:
         points = [c for c in range(n + 1) if c >= episode.support_min and n - c >= episode.query_min]
-        cut = points[int((int(hashed(3, seed, epoch, ordinal)) >> 11) * 2.0**-53 * len(points))]
+        cut = points[int(share * len(points))]
     return list(range(cut))[-episode.support_max :], list(range(cut, n))[: episode.query_max]
 
 
@@ -104,8 +110,9 @@ def test_a_task_is_split_the_same_in_any_batch(lengths, episode, random):
     assert by_task(whole, ordinals) == by_task(mixed, ordinals[order])
 
 
-def test_uniform_cuts_are_uniform_and_change_with_the_epoch():
-    episode = EpisodeConfig(cut="uniform", support_min=2, support_max=100, query_min=3, query_max=3)
+@pytest.mark.parametrize("by", ["time", "random"])
+def test_uniform_cuts_are_uniform_and_change_with_the_epoch(by):
+    episode = EpisodeConfig(by=by, cut="uniform", support_min=2, support_max=100, query_min=3, query_max=3)
     lengths, ordinals = np.full(4000, 10), np.arange(4000)
     cuts = split_events(lengths, episode, 0, 0, ordinals).support_lengths
     counts = np.bincount(cuts, minlength=8)
