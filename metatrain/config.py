@@ -236,7 +236,7 @@ class PrepareConfig(Section):
     max_events: Positive = 10_000
     """Of a task's events beyond this many the oldest are left out, and counted."""
     row_group_tasks: Positive | None = None
-    """Tasks in a row group, the unit of reading. Default: by the dataset's size, 16 to 1024."""
+    """Tasks in a row group, the unit of reading. Default: by the dataset's size, 16 to 512."""
     shards: Positive | None = None
     """Hash partitions, each a file a split. Default: by the number of events."""
     skip_bad_rows: bool = False

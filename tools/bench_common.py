@@ -84,6 +84,10 @@ def synthetic_recipe(recipe: str, users: int, folder: str, items: int = 0) -> Co
     )
 
 
+#: The role of what Python's multiprocessing started.
+OF_ITS_OWN = "a process of its own"
+
+
 class PeakMemory:
     """Peak memory of this process and of all that descend from it, by what they are, while the block runs.
 
@@ -140,7 +144,7 @@ def _role(pid: int) -> str:
     if command.startswith("ray::"):
         name = command[len("ray::") :].split("(")[0].split(".")[0].strip()
         return "idle ray worker" if name.startswith("IDLE") else name
-    return "a process of its own" if "multiprocessing" in command else "ray services"
+    return OF_ITS_OWN if "multiprocessing" in command else "ray services"
 
 
 def private_bytes(pid: int) -> int:

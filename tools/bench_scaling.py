@@ -6,7 +6,7 @@
 rates of bench_train.py, whose ceiling shows what the workers' steps would give without readers.
 
 `--users`: items grow in proportion, or are `--items`, for all sizes the same: tables and the catalogue grow with the
-items, nothing should with the users. Row groups have 1,024 tasks, as a large dataset's have by default. Each stage's
+items, nothing should with the users. Row groups have 512 tasks, as a large dataset's have by default. Each stage's
 time, and the peak memory of each kind of process: what it shares with others (Ray's object store) left out. `tables`
 is what the embedding tables and their optimizer's state take in a worker. The time of training is one epoch's, the
 start of Ray's workers and validation included; the rate is that of the steps. Processes grow in their first minutes,
@@ -23,13 +23,14 @@ import multiprocessing
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from bench_common import PeakMemory, changed, synthetic_recipe, write_json
+from bench_common import OF_ITS_OWN, PeakMemory, changed, synthetic_recipe, write_json
 from bench_train import bench
 
 from metatrain import storage
@@ -96,25 +97,17 @@ def over_users(
         config = changed(
             synthetic_recipe(recipe, count, folder, items),
             run={"name": f"scaling-{time.time_ns()}"},
-            prepare={"row_group_tasks": 1024},
+            prepare={"row_group_tasks": 512},
             train={"workers": workers, "epochs": max(users) // count if equal_steps else 1},
         )
         row: dict[str, Any] = {"users": count, "items": config.prepare.synthetic.items, "workers": workers}
         with PeakMemory() as memory:
-            begun = time.perf_counter()
-            # In a process of its own: what preparing leaves behind in an allocator is not the trainer's.
-            alone = multiprocessing.get_context("spawn").Process(target=_prepare, args=(config,))
-            alone.start()
-            alone.join()
-            if alone.exitcode:
-                raise SystemExit(f"preparing {count:,} users failed")
-            row["prepare_seconds"] = round(time.perf_counter() - begun, 1)
+            row["prepare_seconds"] = _alone(_prepare, config)
         row |= _megabytes("prepare", memory)
         manifest = TaskDataset.open(config.data.dataset).manifest
         with PeakMemory() as memory:
-            begun = time.perf_counter()
-            launch(config, work=trained)
-            row["train_seconds"] = round(time.perf_counter() - begun, 1)
+            row["train_seconds"] = _alone(_train, config)
+        memory.peaks["driver"] = memory.peaks.pop(OF_ITS_OWN)
         row |= _megabytes("train", memory)
         rates = json.loads(storage.read_text(storage.join(config.run_url, RESULT)))
         row["events"] = sum(manifest.events.values())
@@ -133,8 +126,23 @@ def over_users(
     return rows
 
 
+def _alone(work: Callable[[Config], None], config: Config) -> float:
+    """Seconds of the work in a process of its own: what one leaves behind in an allocator is not the next one's."""
+    begun = time.perf_counter()
+    alone = multiprocessing.get_context("spawn").Process(target=work, args=(config,))
+    alone.start()
+    alone.join()
+    if alone.exitcode:
+        raise SystemExit(f"{work.__name__} failed, with status {alone.exitcode}")
+    return round(time.perf_counter() - begun, 1)
+
+
 def _prepare(config: Config) -> None:
     prepare(config.prepare, config.data.dataset, progress=False, overwrite=True)
+
+
+def _train(config: Config) -> None:
+    launch(config, work=trained)
 
 
 def _megabytes(stage: str, memory: PeakMemory) -> dict[str, float]:

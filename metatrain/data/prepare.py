@@ -295,8 +295,8 @@ def _count(skipped: dict[str, int], reason: str, number: int) -> None:
 
 
 def _row_group_tasks(tasks: int) -> int:
-    """A power of two from 16 to 1024 that cuts the training split into about `_ROW_GROUPS`."""
-    return int(min(max(2 ** int(np.log2(max(tasks / _ROW_GROUPS, 1))), 16), 1024))
+    """A power of two from 16 to 512 that cuts the training split into about `_ROW_GROUPS`."""
+    return int(min(max(2 ** int(np.log2(max(tasks / _ROW_GROUPS, 1))), 16), 512))
 
 
 __all__ = ["prepare", "summary"]
