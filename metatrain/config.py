@@ -2,8 +2,8 @@
 
 A YAML file may begin with `extends: other.yaml` (a path beside it, or a list of them): mappings merge key by key,
 anything else replaces. A file that names another meta-learner than the one it extends inherits of `meta` only what
-every meta-learner has (`loss`, `huber_delta`, `memory`), and of a base learner no `options`. The command line overrides
-the file: `--train.epochs 3`.
+every meta-learner has (`loss`, `huber_delta`, `memory`, `size_weight`), and of a base learner no `options`. The command
+line overrides the file: `--train.epochs 3`.
 """
 
 from __future__ import annotations
