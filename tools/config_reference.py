@@ -30,7 +30,7 @@ HEAD = """\
 A recipe is a YAML file with the sections below; what it leaves out keeps its default. `extends: other.yaml` (a path
 beside the file, or a list of them) starts from another recipe: mappings merge key by key, anything else replaces.
 A recipe that names another meta-learner than the one it extends inherits of `meta` only what every meta-learner has
-(`loss`, `huber_delta`, `memory`), and of another base learner's `model` no `options`.
+(`loss`, `huber_delta`, `memory`, `size_weight`), and of another base learner's `model` no `options`.
 The command line overrides both: `--train.epochs 3`. An unknown key is refused with the nearest known one.
 `metatrain config FILE` prints the resolved recipe.
 
