@@ -28,6 +28,7 @@ from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingEnv,
 
 from metatrain.config import OptimizerConfig
 from metatrain.errors import CheckpointError, MetatrainError
+from metatrain.model.gradient_mean import ONE_BUCKET_MB, average_by_name
 from metatrain.model.replicated import ReplicatedOptimizer
 from metatrain.model.table_plan import FUSED, TablesPlan, Workers, plan_tables
 from metatrain.model.tables import Tables
@@ -310,10 +311,14 @@ class _DataParallel(DefaultDataParallelWrapper):
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
             module=module, params_and_buffers_to_ignore=ddp_ignore_param_names | replicated
         )
-        dmp._dmp_wrapped_module = DistributedDataParallel(
+        on_cpu = device.type == "cpu"
+        dmp._dmp_wrapped_module = wrapped = DistributedDataParallel(
             module=module.to(device),
-            device_ids=None if device.type == "cpu" else [device],
+            device_ids=None if on_cpu else [device],
             process_group=env.process_group,
             gradient_as_bucket_view=True,
             forward_sync_buffers=False,
+            bucket_cap_mb=ONE_BUCKET_MB if on_cpu else None,
         )
+        if on_cpu:
+            average_by_name(wrapped)

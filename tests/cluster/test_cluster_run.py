@@ -139,11 +139,10 @@ def test_a_run_survives_a_node_and_a_stop_and_ends_as_a_quiet_one(
     assert "nothing is submitted" in again.stdout
 
     one, other = (read_tensors(f"{RUNS}/{name}", STEPS) for name in ("quiet", "disturbed"))
-    # Of three workers' numbers a sum may be taken in another order after a restart: the last bits differ.
-    assert_equal_states(one, other, tolerance=1e-5)
+    assert_equal_states(one, other)
     metrics = [read_marker(f"{RUNS}/{name}", STEPS).metrics for name in ("quiet", "disturbed")]
-    assert metrics[0] == pytest.approx(metrics[1], rel=1e-5)
+    assert metrics[0] == metrics[1]
     assert set(metrics[0]) == {"validation_loss"}
     ends = final_curves("quiet", tmp_path)
     assert set(ends) == {"final/training_loss", "final/validation_loss", "final/validation_gain"}
-    assert final_curves("disturbed", tmp_path) == pytest.approx(ends, rel=1e-5, abs=1e-5)
+    assert final_curves("disturbed", tmp_path) == ends
