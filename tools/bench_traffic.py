@@ -9,9 +9,10 @@ ids, and CPU time of a worker; and bytes that a worker sends to the others in a 
     sizes, lengths, ids   the exchange of ids: how many, and which
     rows, gradients       looked-up rows there, their gradients back
     sums                  counts of tasks, gradients of data-parallel tables, and what else the step itself reduces
-    dense                 gradients of dense parameters: counted are the parameters, sent is what a ring sends of them
+    dense                 gradients of dense parameters
 
-beside what the model predicts (`projection.step_bytes`), from the number of distinct ids that were looked up.
+Of what is reduced, sent is what a ring sends of it. All that is shown beside what the model predicts
+(`projection.step_bytes`), from the number of distinct ids that were looked up.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class Traffic:
             return exchange(*args, **options)
 
         def all_reduce(tensor: torch.Tensor, *args: Any, **options: Any) -> Any:
-            self._count("sums", tensor.numel() * tensor.element_size())
+            self._count("dense" if self._backward else "sums", tensor.numel() * tensor.element_size())
             return reduce(tensor, *args, **options)
 
         def labelled(this: Any, *args: Any, **options: Any) -> None:
@@ -149,8 +150,8 @@ def worker(rank: int, config: Config, world_size: int, steps: int, folder: str) 
         counted = traffic.take()
         keys = {name: count for name, count in traffic.keys.items() if name in widths}
         ring = 2 * (world_size - 1) / world_size
-        counted["sent"]["sums"] = int(ring * counted["sent"]["sums"])
-        counted["sent"]["dense"] = int(ring * 4 * numbers)
+        for kind in ("sums", "dense"):
+            counted["sent"][kind] = int(ring * counted["sent"][kind])
         predicted = step_bytes([(widths[n], count) for n, count in keys.items()], world_size, numbers)
         row: dict[str, float] = {"tasks": batch.size, "events": batch.labels.shape[0], "cpu_ms": 1e3 * seconds}
         row |= {"ids": traffic.ids, "distinct_ids": sum(traffic.keys.values())}

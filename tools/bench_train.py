@@ -21,7 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -104,14 +104,19 @@ def _ceiling(training: Training, resident: list[TaskBatch], steps: int) -> dict[
 def _loop(training: Training, told: list[dict[str, Any]], steps: int) -> dict[str, float]:
     """Steps as a run takes them: batches from readers, curves, a checkpoint."""
     told.clear()
-    training.last = training.cursor.total + steps
+    first = training.cursor.total
+    training.last = first + steps
     dist.barrier()
     training.totals.restart()
     training.run()
     lines = [line for line in told if "speed/step_seconds" in line]
     if not lines:  # only rank 0 is told
         return {}
-    shares = [line["speed/step_seconds"] * training.config.train.log_every for line in lines]
+    # An epoch's end has a line of its own, of fewer steps.
+    ends = [first, *(line["step"] for line in lines)]
+    shares = [
+        line["speed/step_seconds"] * (end - begin) for line, (begin, end) in zip(lines, pairwise(ends), strict=True)
+    ]
     seconds = sum(shares)
 
     def whole(name: str) -> float:
