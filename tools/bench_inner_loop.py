@@ -85,7 +85,7 @@ def by_low_rank(learner: nn.Module, data: Episodes, steps: int) -> Callable[[int
     parameters, names, rates = _inner(learner, steps)
 
     def run(tasks: int) -> object:
-        return engine.query_loss(parameters, names, rates, first(data, tasks), _SQUARED).total.backward()
+        return engine.query_loss(parameters, names, rates, first(data, tasks), "squared").total.backward()
 
     return run
 

@@ -23,30 +23,20 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from bench_common import changed, synthetic_recipe, write_json
+from bench_ranks import on_ranks, rank_of
 from projection import step_bytes
 
 from metatrain.config import Config
-from metatrain.data.dataset import TaskDataset
-from metatrain.data.manifest import Split
-from metatrain.data.plan import lanes_of
 from metatrain.data.prepare import prepare
-from metatrain.model.build import build_model
-from metatrain.model.sharding import distribute
-from metatrain.model.table_plan import Workers, plan_tables
 from metatrain.model.tables import Tables
-from metatrain.train.outer import DenseOptimizer
-from metatrain.train.readers import open_reader
-from metatrain.train.step import OuterLoop
 
 WARM_UP = 2
 KINDS = ("sizes", "lengths", "ids", "rows", "gradients", "sums", "dense")
@@ -122,54 +112,36 @@ class Traffic:
         self.calls[kind] += 1
 
 
-def worker(rank: int, config: Config, world_size: int, steps: int, folder: str) -> None:
-    """What every worker does: takes steps, counts, and leaves its rows in `folder`."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size, timeout=timedelta(minutes=10)
-    )
-    traffic = Traffic()
-    dataset = TaskDataset.open(config.data.dataset)
-    model = build_model(dataset.schema, config, tables_device="meta")
-    optimizer = config.train.optimizer
-    plan = plan_tables(model.tables.specs, config.model.tables, optimizer.table, Workers(world_size, 1))
-    distributed = distribute(model, optimizer, plan=plan)
-    dense = distributed.dense_parameters()
-    numbers = sum(p.numel() for p in dense.values())
-    loop = OuterLoop(distributed, DenseOptimizer(dense, optimizer), config, 1_000_000, world_size)
-    reader = open_reader(dataset, config, Split.TRAIN)
-    lanes = lanes_of(range(config.data.lanes), world_size, rank)
-    widths = {spec.name: spec.width for spec in model.tables.specs if spec.name not in plan.replicated}
-    rows = []
-    for step in range(WARM_UP + steps):
-        batch = reader.read(0, step % reader.steps(0), lanes).tensors()
-        traffic.take()
-        begun = time.thread_time()
-        loop.step(batch, step)
-        seconds = time.thread_time() - begun
-        counted = traffic.take()
-        keys = {name: count for name, count in traffic.keys.items() if name in widths}
-        ring = 2 * (world_size - 1) / world_size
-        for kind in ("sums", "dense"):
-            counted["sent"][kind] = int(ring * counted["sent"][kind])
-        predicted = step_bytes([(widths[n], count) for n, count in keys.items()], world_size, numbers)
-        row: dict[str, float] = {"tasks": batch.size, "events": batch.labels.shape[0], "cpu_ms": 1e3 * seconds}
-        row |= {"ids": traffic.ids, "distinct_ids": sum(traffic.keys.values())}
-        row |= {f"{kind}_bytes": counted["sent"][kind] for kind in KINDS}
-        row |= {f"{kind}_predicted": predicted[kind] for kind in predicted}
-        row["calls"] = sum(counted["calls"].values())
-        rows.append(row)
-    reader.close()
-    torch.save(rows[WARM_UP:], Path(folder, f"{rank}.rows"))
-    dist.barrier()
-    dist.destroy_process_group()
+def counting(rank: int, world_size: int, folder: str, config: Config, steps: int) -> list[dict[str, float]]:
+    """What every worker does: takes steps and counts. Its rows."""
+    traffic, rows = Traffic(), []
+    with rank_of(config, rank, world_size, folder) as this:
+        for step in range(WARM_UP + steps):
+            batch = this.read(step)
+            traffic.take()
+            begun = time.thread_time()
+            this.loop.step(batch, step)
+            seconds = time.thread_time() - begun
+            counted = traffic.take()
+            keys = {name: count for name, count in traffic.keys.items() if name in this.widths}
+            ring = 2 * (world_size - 1) / world_size
+            for kind in ("sums", "dense"):
+                counted["sent"][kind] = int(ring * counted["sent"][kind])
+            predicted = step_bytes(
+                [(this.widths[n], count) for n, count in keys.items()], world_size, this.dense_numbers
+            )
+            row: dict[str, float] = {"tasks": batch.size, "events": batch.labels.shape[0], "cpu_ms": 1e3 * seconds}
+            row |= {"ids": traffic.ids, "distinct_ids": sum(traffic.keys.values())}
+            row |= {f"{kind}_bytes": counted["sent"][kind] for kind in KINDS}
+            row |= {f"{kind}_predicted": predicted[kind] for kind in predicted}
+            row["calls"] = sum(counted["calls"].values())
+            rows.append(row)
+    return rows[WARM_UP:]
 
 
 def counted(config: Config, workers: int, steps: int) -> dict[str, float]:
     """The mean worker's mean step."""
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(worker, (config, workers, steps, folder), nprocs=workers)
-        ranks = [torch.load(Path(folder, f"{rank}.rows"), weights_only=True) for rank in range(workers)]
+    ranks = on_ranks(counting, workers, config, steps)
     rows = [row for of_rank in ranks for row in of_rank]
     mean = {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}
     mean["rows_most"] = max(statistics.fmean(row["rows_bytes"] for row in of_rank) for of_rank in ranks)

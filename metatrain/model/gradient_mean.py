@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 #: For `bucket_cap_mb`: more than any machine's memory.
@@ -20,13 +20,15 @@ ONE_BUCKET_MB = 1 << 30
 @dataclass(frozen=True)
 class _State:
     group: dist.ProcessGroup
-    names: dict[nn.Parameter, str]
+    names: dict[Tensor, str]
 
 
 def average_by_name(wrapped: DistributedDataParallel) -> None:
     """Has gradients averaged in the order of their parameters' names. `wrapped` needs to have one bucket."""
-    names = {parameter: name for name, parameter in wrapped.module.named_parameters()}
-    wrapped.register_comm_hook(_State(wrapped.process_group, names), _mean)
+    group = wrapped.process_group
+    assert group is not None, "DistributedDataParallel has made sure of one"
+    names: dict[Tensor, str] = {parameter: name for name, parameter in wrapped.module.named_parameters()}
+    wrapped.register_comm_hook(_State(group, names), _mean)
 
 
 def _mean(state: _State, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
