@@ -3,10 +3,9 @@
     python tools/bench_scaling.py [RECIPE] [--workers 1 2] [--users 1000 10000 100000] [--json FILE]
 
 `--workers`: strong is the same global batch for any number of workers, weak the same number of tasks a worker. The
-rates of bench_train.py: `steps alone` are the workers' steps without readers, beside Ray's processes; `apart` are the
-same steps in processes of their own (bench_ranks.py), without Ray, as on a machine with cores to spare. Blocked is the
-share of the time of `steps alone` in which a worker's thread did not compute, because it waited for another rank or
-another process had its core.
+rates of bench_train.py: `steps alone` are the workers' steps without readers, beside Ray's processes. Blocked is the
+share of their time in which a worker's thread did not compute, because it waited for another rank or another process
+had its core. Then the same steps without Ray (bench_ranks.py), in turns, as on a machine with cores to spare.
 
 `--users`: items grow in proportion, or are `--items`, for all sizes the same: tables and the catalogue grow with the
 items, nothing should with the users. Row groups have 512 tasks, as a large dataset's have by default. Each stage's
@@ -54,46 +53,54 @@ def over_workers(config: Config, counts: list[int], steps: int, rounds: int) -> 
     """Rows of weak and strong scaling."""
     prepare(config.prepare, config.data.dataset, progress=False, overwrite=True)
     tasks = config.data.tasks_per_step
-    titles = ("", "workers", "tasks/step", "tasks/s", "speed-up", "steps alone", "blocked", "apart")
-    print("\n{:>8} {:>8} {:>11} {:>10} {:>9} {:>12} {:>8} {:>8}".format(*titles))
+    base = counts[0]
+    sizes = [("one", base, tasks), *(("strong", n, tasks) for n in counts[1:])]
+    sizes += [("weak", n, tasks * n // base) for n in counts[1:]]
+    configs = [changed(config, data={"tasks_per_step": per_step}) for _, _, per_step in sizes]
+    titles = ("", "workers", "tasks/step", "tasks/s", "speed-up", "steps alone", "blocked")
+    print("\n{:>8} {:>8} {:>11} {:>10} {:>9} {:>12} {:>8}".format(*titles))
     rows: list[dict[str, Any]] = []
-    first: dict[str, float] = {}
-    for kind, workers in [("one", counts[0]), *((k, n) for k in ("strong", "weak") for n in counts[1:])]:
-        per_step = tasks * workers // counts[0] if kind == "weak" else tasks
-        sized = changed(config, data={"tasks_per_step": per_step})
-        row = bench(sized, workers, steps, rounds)
-        row["apart_tasks_per_second"] = round(on_ranks(apart, workers, sized, steps, rounds)[0], 1)
-        first = first or row
-        for name in ("loop", "ceiling", "apart"):
-            rate = row[f"{name}_tasks_per_second"] / first[f"{name}_tasks_per_second"]
+    for (kind, workers, per_step), sized in zip(sizes, configs, strict=True):
+        row = {"scaling": kind, **bench(sized, workers, steps, rounds)}
+        rows.append(row)
+        for name in ("loop", "ceiling"):
+            rate = row[f"{name}_tasks_per_second"] / rows[0][f"{name}_tasks_per_second"]
             row[f"{name}_speed_up"] = round(rate, 3)
-        rows.append({"scaling": kind, **row})
         print(
             f"{kind:>8} {workers:>8} {per_step:>11} {row['loop_tasks_per_second']:>10,.0f} "
             f"{row['loop_speed_up']:>8.2f}x {row['ceiling_speed_up']:>11.2f}x "
-            f"{row['ceiling_blocked_ms'] / row['ceiling_step_ms']:>8.1%} {row['apart_speed_up']:>7.2f}x",
+            f"{row['ceiling_blocked_ms'] / row['ceiling_step_ms']:>8.1%}",
             flush=True,
         )
+    turns = [
+        [on_ranks(apart, n, sized, steps)[0] for (_, n, _), sized in zip(sizes, configs, strict=True)]
+        for _ in range(rounds)
+    ]
+    print("\nwithout Ray {:>4} {:>11} {:>10} {:>9}".format("", "tasks/step", "tasks/s", "speed-up"))
+    for number, (kind, workers, per_step) in enumerate(sizes):
+        row, rate = rows[number], statistics.median(turn[number] for turn in turns)
+        row["apart_tasks_per_second"] = round(rate, 1)
+        row["apart_speed_up"] = round(statistics.median(turn[number] / turn[0] for turn in turns), 3)
+        print(f"{kind:>8} {workers:>8} {per_step:>10} {rate:>10,.0f} {row['apart_speed_up']:>8.2f}x", flush=True)
     return rows
 
 
-def apart(rank: int, world_size: int, folder: str, config: Config, steps: int, rounds: int) -> float:
-    """What every rank of `apart` does: steps on batches in memory. The median round's tasks a second, of all ranks."""
+def apart(rank: int, world_size: int, folder: str, config: Config, steps: int) -> float:
+    """What every rank does without Ray: steps on batches in memory. Tasks a second, of all ranks."""
     with rank_of(config, rank, world_size, folder) as this:
         resident = [this.read(step) for step in range(RESIDENT)]
         batches = [resident[i % RESIDENT] for i in range(steps)]
         tasks = torch.tensor(sum(batch.size for batch in batches))
         dist.all_reduce(tasks)
-        rates = []
-        for number in range(rounds + 1):
+        seconds = math.nan
+        for _ in range(2):  # the first one warms up
             dist.barrier()
             begun = time.perf_counter()
             for i, batch in enumerate(batches):
                 this.loop.step(batch, i, batches[i + 1] if i + 1 < steps else None)
             dist.barrier()
-            if number:  # the first one warms up
-                rates.append(int(tasks) / (time.perf_counter() - begun))
-    return statistics.median(rates)
+            seconds = time.perf_counter() - begun
+    return int(tasks) / seconds
 
 
 def trained(config: Config, seat: Seat) -> None:

@@ -107,6 +107,7 @@ def _loop(training: Training, told: list[dict[str, Any]], steps: int) -> dict[st
     first = training.cursor.total
     training.last = first + steps
     dist.barrier()
+    training.laps.lap("rest")  # the ceiling's time is of no stage here
     training.totals.restart()
     training.run()
     lines = [line for line in told if "speed/step_seconds" in line]
