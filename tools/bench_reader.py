@@ -1,6 +1,6 @@
 """Measure the feed up to the trainer: events a second beside a raw scan of the same columns of the same files.
 
-    python tools/bench_reader.py [--dataset URL | --users 200000] [--tasks 64 256 1024] [--json FILE]
+    python tools/bench_reader.py [--dataset URL | --users 800000] [--tasks 64 256 1024] [--json FILE]
 
 Paths, each on one core (`--cores` names it and the one of this process):
 
@@ -12,7 +12,8 @@ Paths, each on one core (`--cores` names it and the one of this process):
 
 Every round runs every path once, over one epoch of the training split, so that a busy machine slows all alike; each
 round's share of the scan is taken within the round, and medians over the rounds are shown. The first epoch of a path,
-with its opening of files, is not timed. Without --dataset, a synthetic one is prepared in a temporary folder.
+with its opening of files, is not timed. Without --dataset, a synthetic one is prepared in a temporary folder. It should
+be many times what a reader reads ahead, 65,536 tasks: an actor reads ahead of an epoch before the epoch is timed.
 """
 
 from __future__ import annotations
@@ -175,7 +176,7 @@ def main() -> None:
     """Parse the command line, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", help="a task dataset on this machine; default: a synthetic one is prepared")
-    parser.add_argument("--users", type=int, default=200_000, help="of the synthetic log")
+    parser.add_argument("--users", type=int, default=800_000, help="of the synthetic log")
     parser.add_argument("--items", type=int, default=20_000, help="of the synthetic log")
     parser.add_argument("--events", type=int, default=60, help="of a user of the synthetic log, on average")
     parser.add_argument("--tasks", type=int, nargs="+", default=[64, 256, 1024], help="tasks a step")

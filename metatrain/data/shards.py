@@ -21,8 +21,9 @@ from metatrain.retries import retried
 
 Result = TypeVar("Result")
 
-#: Parquet files kept open: each holds its parsed footer, which grows with its row groups.
-OPEN_FILES = 32
+#: Parquet files kept open, and the row groups that their footers may have together: parsed, one takes some 6 KiB.
+#: Opening a file again for each row group would be a tenth of a reader's time.
+OPEN_FILES, OPEN_ROW_GROUPS = 256, 2048
 
 #: What mends a shard.
 REMEDY = "Copy the shard again from where it was made, or prepare the dataset again."
@@ -50,6 +51,7 @@ class Shards:
         self.row_groups = row_groups(shards)
         self._first_group = np.cumsum([0, *(len(s.row_groups) for s in shards)])
         self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()
+        self._open_groups = 0
 
     def read(self, row_groups: np.ndarray, columns: Sequence[str]) -> pa.Table:
         """These columns of these row groups in this order, every column in one chunk.
@@ -79,6 +81,7 @@ class Shards:
         """Closes the open files."""
         while self._open:
             self._open.popitem()[1].close(force=True)
+        self._open_groups = 0
 
     def _shard_of(self, row_groups: np.ndarray) -> np.ndarray:
         return np.searchsorted(self._first_group, row_groups, side="right") - 1
@@ -123,8 +126,11 @@ class Shards:
                 f"{len(self._shards[shard].row_groups)} with {self._shards[shard].tasks}",
             )
         self._open[shard] = file
-        if len(self._open) > OPEN_FILES:
-            self._open.popitem(last=False)[1].close(force=True)
+        self._open_groups += len(found)
+        while len(self._open) > 1 and (len(self._open) > OPEN_FILES or self._open_groups > OPEN_ROW_GROUPS):
+            oldest, passed = self._open.popitem(last=False)
+            self._open_groups -= len(self._shards[oldest].row_groups)
+            passed.close(force=True)
         return file
 
     def _attempt(self, shard: int, call: Callable[[], Result]) -> Result:

@@ -364,6 +364,38 @@ def test_flipped_bits_in_a_prepared_shard_are_not_read_as_other_values(tmp_path:
     assert refused > 0.9 * len(places)
 
 
+def test_files_are_kept_open_up_to_so_many_row_groups_and_each_is_opened_once_where_they_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    shards = []
+    for number in range(6):
+        table = pa.table({"labels": [[float(10 * number + row)] for row in range(8)]})
+        content = parquet_bytes(table, 2)
+        (tmp_path / f"{number}.parquet").write_bytes(content)
+        groups, digest = (2,) * 4, "0" * 64
+        of = Shard(
+            path=f"{number}.parquet", split=Split.TRAIN, row_groups=groups, events=8, bytes=len(content), sha256=digest
+        )
+        shards.append(of)
+    opened = []
+    monkeypatch.setattr(
+        "metatrain.data.shards.open_parquet",
+        lambda source, **options: opened.append(source) or pq.ParquetFile(source, **options),
+    )
+    order = np.random.default_rng(0).permutation(24)
+    for most, times in ((24, 6), (8, None), (1, None)):
+        monkeypatch.setattr("metatrain.data.shards.OPEN_ROW_GROUPS", most)
+        opened.clear()
+        own = Shards(str(tmp_path), shards)
+        for group in order:
+            found = own.read(np.array([group]), ["labels"])["labels"].to_pylist()
+            assert found == [[float(10 * (group // 4) + 2 * (group % 4) + row)] for row in range(2)]
+            assert 4 * len(own._open) <= max(most, 4)
+        assert len(opened) == times if times else len(opened) > 6
+        own.close()
+        assert not own._open
+
+
 def rewrite(change: Callable[[pa.Table], pa.Table], size: int = 4) -> Callable[[str], None]:
     return lambda path: pq.write_table(change(pq.read_table(path)), path, row_group_size=size)
 
