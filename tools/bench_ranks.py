@@ -24,8 +24,7 @@ from metatrain.data.manifest import Split
 from metatrain.data.plan import lanes_of
 from metatrain.model.build import build_model
 from metatrain.model.sharding import distribute
-from metatrain.model.table_plan import TablesPlan, Workers, plan_tables
-from metatrain.observe.laps import Laps
+from metatrain.model.table_plan import Workers, plan_tables
 from metatrain.train.outer import DenseOptimizer
 from metatrain.train.readers import open_reader
 from metatrain.train.step import OuterLoop
@@ -37,20 +36,18 @@ class Rank:
 
     Attributes:
         read: The part of a step's global batch that is this rank's, as tensors. Steps go round in the first epoch.
-        plan: Where the tables lie.
         widths: Of the tables that are sharded, by name.
         dense_numbers: Of the dense parameters, together.
     """
 
     loop: OuterLoop
     read: Callable[[int], TaskBatch]
-    plan: TablesPlan
     widths: dict[str, int]
     dense_numbers: int
 
 
 @contextmanager
-def rank_of(config: Config, rank: int, world_size: int, folder: str, laps: Laps | None = None) -> Iterator[Rank]:
+def rank_of(config: Config, rank: int, world_size: int, folder: str) -> Iterator[Rank]:
     """This process as a rank; the ranks find one another in `folder`."""
     torch.set_num_threads(config.train.threads_per_worker)
     dist.init_process_group(
@@ -62,14 +59,13 @@ def rank_of(config: Config, rank: int, world_size: int, folder: str, laps: Laps 
     plan = plan_tables(model.tables.specs, config.model.tables, optimizer.table, Workers(world_size, 1))
     distributed = distribute(model, optimizer, plan=plan)
     dense = distributed.dense_parameters()
-    loop = OuterLoop(distributed, DenseOptimizer(dense, optimizer), config, 1_000_000, world_size, laps)
+    loop = OuterLoop(distributed, DenseOptimizer(dense, optimizer), config, 1_000_000, world_size)
     reader = open_reader(dataset, config, Split.TRAIN)
     lanes = lanes_of(range(config.data.lanes), world_size, rank)
     try:
         yield Rank(
             loop,
             lambda step: reader.read(0, step % reader.steps(0), lanes).tensors(),
-            plan,
             {spec.name: spec.width for spec in model.tables.specs if spec.name not in plan.replicated},
             sum(p.numel() for p in dense.values()),
         )

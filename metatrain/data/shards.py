@@ -51,7 +51,6 @@ class Shards:
         self.row_groups = row_groups(shards)
         self._first_group = np.cumsum([0, *(len(s.row_groups) for s in shards)])
         self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()
-        self._open_groups = 0
 
     def read(self, row_groups: np.ndarray, columns: Sequence[str]) -> pa.Table:
         """These columns of these row groups in this order, every column in one chunk.
@@ -81,7 +80,6 @@ class Shards:
         """Closes the open files."""
         while self._open:
             self._open.popitem()[1].close(force=True)
-        self._open_groups = 0
 
     def _shard_of(self, row_groups: np.ndarray) -> np.ndarray:
         return np.searchsorted(self._first_group, row_groups, side="right") - 1
@@ -126,10 +124,10 @@ class Shards:
                 f"{len(self._shards[shard].row_groups)} with {self._shards[shard].tasks}",
             )
         self._open[shard] = file
-        self._open_groups += len(found)
-        while len(self._open) > 1 and (len(self._open) > OPEN_FILES or self._open_groups > OPEN_ROW_GROUPS):
+        groups = sum(len(self._shards[number].row_groups) for number in self._open)
+        while len(self._open) > 1 and (len(self._open) > OPEN_FILES or groups > OPEN_ROW_GROUPS):
             oldest, passed = self._open.popitem(last=False)
-            self._open_groups -= len(self._shards[oldest].row_groups)
+            groups -= len(self._shards[oldest].row_groups)
             passed.close(force=True)
         return file
 
