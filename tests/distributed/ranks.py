@@ -4,11 +4,13 @@
     first, second = run_ranks(rows, 2, 7)
 
 The function is found by its name in its module, so it must be at a module's top level. A rank that raises ends the
-others, and its traceback is the error here; so does a rank that is not done in time.
+others, and its traceback is the error here; so does a rank that is not done in time, with what it was doing.
 """
 
 from __future__ import annotations
 
+import faulthandler
+import os
 import time
 import traceback
 from collections.abc import Callable
@@ -20,6 +22,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+# A process that others are forked from should have one thread; pyarrow's allocator would start another.
+os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")
 
 
 class RankError(AssertionError):
@@ -50,7 +55,8 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, seconds
             while any(process.is_alive() for process in ranks) and not _failures(folder):
                 if time.monotonic() > deadline:
                     late = [rank for rank, process in enumerate(ranks) if process.is_alive()]
-                    raise RankError(f"ranks {late} of {world_size} were not done in {seconds} s")
+                    doing = "\n".join(path.read_text() for path in sorted(Path(folder).glob("*.doing")))
+                    raise RankError(f"ranks {late} of {world_size} were not done in {seconds} s\n{doing}")
                 time.sleep(0.05)
             if failures := _failures(folder):
                 raise RankError("\n".join(failures))
@@ -72,6 +78,8 @@ def _rank(
     function: Callable[..., Any], rank: int, world_size: int, folder: str, seconds: float, args: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)
+    # A rank that hangs tells where, a little before the parent's patience ends.
+    faulthandler.dump_traceback_later(0.9 * seconds, file=open(Path(folder, f"{rank}.doing"), "w"))  # noqa: SIM115
     try:
         store = dist.FileStore(str(Path(folder, "store")), world_size)
         dist.init_process_group(

@@ -82,10 +82,12 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int, int
     runs = {}
     for phase, rank, full_every in KILLS:
         folder = tmp_path_factory.mktemp("killed")
-        runs[phase, rank, full_every] = one = Killed(str(folder / "run"), str(folder / "plan.json"), full_every)
-        faults.write_plan(one.plan, [Fault(at=phase, rank=rank, step=4, action="kill")])
-        with pytest.raises(RankError):
-            run_ranks(train, 2, one.run, one.plan, full_every)
+        run, plan = str(folder / "run"), str(folder / "plan.json")
+        faults.write_plan(plan, [Fault(at=phase, rank=rank, step=4, action="kill")])
+        with pytest.raises(RankError) as error:
+            run_ranks(train, 2, run, plan, full_every)
+        assert faults.fired(plan), f"{phase} on rank {rank}: the ranks ended before the kill: {error.value}"
+        runs[phase, rank, full_every] = Killed(run, plan, full_every)
     return runs
 
 
