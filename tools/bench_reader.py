@@ -1,6 +1,6 @@
 """Measure the feed up to the trainer: events a second beside a raw scan of the same columns of the same files.
 
-    python tools/bench_reader.py [--dataset URL | --users 800000] [--tasks 64 256 1024] [--json FILE]
+    python tools/bench_reader.py [--dataset URL | --users 800000] [--tasks 64 256 1024] [--timestamps] [--json FILE]
 
 Paths, each on one core (`--cores` names it and the one of this process):
 
@@ -9,6 +9,8 @@ Paths, each on one core (`--cores` names it and the one of this process):
 - step: the same by `BatchReader.read`, one step a call;
 - actor: a `TaskReader` makes them in a process of its own, pinned to one core with all its threads; this process,
   on another core, takes them from Ray's object store through `TaskStream.batches` and makes `tensors()`.
+
+The columns are those that training reads; with --timestamps the events' times too, which no learner sees.
 
 Every round runs every path once, over one epoch of the training split, so that a busy machine slows all alike; each
 round's share of the scan is taken within the round, and medians over the rounds are shown. The first epoch of a path,
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import os
 import statistics
 import sys
@@ -52,12 +55,12 @@ COLUMNS = ("path", "tasks_per_step", "events_per_second", "tasks_per_second", "m
 class Feed:
     """The paths over one dataset. Each is called with a number of epochs done, and goes through one epoch."""
 
-    def __init__(self, url: str, cores: tuple[int, int]) -> None:
+    def __init__(self, url: str, cores: tuple[int, int], timestamps: bool) -> None:
         self.dataset = TaskDataset.open(url)
-        self.cores = cores
+        self.cores, self.timestamps = cores, timestamps
         self.shards = self.dataset.manifest.of(Split.TRAIN)
         self.names = [
-            *("items", "labels", "timestamps"),
+            *("items", "labels", *(["timestamps"] if timestamps else [])),
             *(f"{f.level.value}:{f.name}" for f in self.dataset.schema.features if f.level.value != "item"),
         ]
         self.bytes = sum(table.nbytes for table in self._tables())
@@ -81,7 +84,9 @@ class Feed:
 
     def reader(self, data: DataConfig, steps_per_call: int) -> Callable[[int], None]:
         """Batches made in this process."""
-        own = BatchReader.from_config(self.dataset, data, Split.TRAIN, ItemSet.EXISTING, data.episode, SEED)
+        own = BatchReader.from_config(
+            self.dataset, data, Split.TRAIN, ItemSet.EXISTING, data.episode, SEED, timestamps=self.timestamps
+        )
         self._open.callback(own.close)
 
         def run(epoch: int) -> None:
@@ -94,7 +99,7 @@ class Feed:
 
     def actor(self, data: DataConfig) -> tuple[Callable[[int], None], TaskStream]:
         """Batches made by an actor, taken here as tensors."""
-        stream = TaskStream(self.dataset.url, data, seed=SEED)
+        stream = TaskStream(self.dataset.url, data, seed=SEED, timestamps=self.timestamps)
         self._open.callback(stream.close)
         # Threads that the reader starts later stay where the one that starts them is.
         for thread in os.listdir(f"/proc/{stream.pids()[0]}/task"):
@@ -121,12 +126,12 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def measure(url: str, sizes: list[int], rounds: int, data: DataConfig) -> list[dict[str, object]]:
+def measure(url: str, sizes: list[int], rounds: int, data: DataConfig, timestamps: bool) -> list[dict[str, object]]:
     """A row for each path and size."""
     allowed = sorted(os.sched_getaffinity(0))
     cores = (allowed[0], allowed[-1])
     os.sched_setaffinity(0, {cores[0]})
-    feed = Feed(url, cores)
+    feed = Feed(url, cores, timestamps)
     paths: dict[tuple[str, int], Callable[[int], None]] = {("scan", 0): feed.scan}
     streams: dict[int, TaskStream] = {}
     for size in sizes:
@@ -136,6 +141,7 @@ def measure(url: str, sizes: list[int], rounds: int, data: DataConfig) -> list[d
         paths["actor", size], streams[size] = feed.actor(own)
     seconds: dict[tuple[str, int], list[float]] = {name: [] for name in paths}
     reader_cpu: dict[int, list[float]] = {size: [] for size in sizes}
+    gc.freeze()  # as an actor does: collections that look through all that is imported would be a tenth of the time
     try:
         for epoch in range(rounds + 1):
             for (path, size), run in paths.items():
@@ -180,6 +186,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=20_000, help="of the synthetic log")
     parser.add_argument("--events", type=int, default=60, help="of a user of the synthetic log, on average")
     parser.add_argument("--tasks", type=int, nargs="+", default=[64, 256, 1024], help="tasks a step")
+    parser.add_argument("--timestamps", action="store_true", help="read the events' times too")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path, help="write machine, versions, configuration and rows there")
     options = parser.parse_args()
@@ -193,7 +200,7 @@ def main() -> None:
         data = DataConfig(dataset=url)
         ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         try:
-            rows = measure(url, options.tasks, options.rounds, data)
+            rows = measure(url, options.tasks, options.rounds, data, options.timestamps)
         finally:
             ray.shutdown()
     print("{:<8}{:>15}{:>12}{:>10}{:>8}{:>8}".format("path", "tasks a step", "events/s", "tasks/s", "MB/s", "scan"))

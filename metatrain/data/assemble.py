@@ -27,6 +27,7 @@ def concatenate_batches(batches: Sequence[TaskBatch]) -> TaskBatch:
     every = np.concatenate([b.items for b in batches])
     items, first, position = np.unique(every, return_index=True, return_inverse=True)
     before = np.cumsum([0, *(len(b.items) for b in batches)])
+    times = [b.timestamps for b in batches if b.timestamps is not None]
 
     def joined(columns: Sequence[dict[str, Column]]) -> dict[str, Column]:
         return {name: concatenate([c[name] for c in columns]) for name in columns[0]}
@@ -38,7 +39,7 @@ def concatenate_batches(batches: Sequence[TaskBatch]) -> TaskBatch:
         items=items,
         event_items=np.concatenate([position[b.event_items + before[i]] for i, b in enumerate(batches)]),
         labels=np.concatenate([b.labels for b in batches]),
-        timestamps=np.concatenate([b.timestamps for b in batches]),
+        timestamps=np.concatenate(times) if times else None,
         task_features=joined([b.task_features for b in batches]),
         item_features={
             name: take(stored(column), first) for name, column in joined([b.item_features for b in batches]).items()

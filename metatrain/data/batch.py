@@ -49,7 +49,7 @@ class TaskBatch:
     items: Array  # int64 [U]
     event_items: Array  # int64 [N]
     labels: Array  # float32 [N]
-    timestamps: Array  # int64 [N]
+    timestamps: Array | None  # int64 [N]; None where they were not read, as in training
     task_features: dict[str, Column] = field(default_factory=dict)  # n = T
     item_features: dict[str, Column] = field(default_factory=dict)  # n = U
     event_features: dict[str, Column] = field(default_factory=dict)  # n = N
@@ -82,7 +82,7 @@ class TaskBatch:
                 return {name: changed(column) for name, column in value.items()}
             if isinstance(value, Ragged):
                 return Ragged(change(value.values), change(value.lengths))
-            return value if isinstance(value, int) else change(value)
+            return value if value is None or isinstance(value, int) else change(value)
 
         return TaskBatch(**{f.name: changed(getattr(self, f.name)) for f in fields(self)})
 
@@ -142,7 +142,7 @@ class TaskBatches:
                 whole.items[u],
                 whole.event_items[n],
                 whole.labels[n],
-                whole.timestamps[n],
+                None if whole.timestamps is None else whole.timestamps[n],
                 *own,
                 skipped,
             )

@@ -27,7 +27,7 @@ class Decoded:
     counted: np.ndarray | None  # int64 [C]: which events are of the item set; None: all (C = E)
     items: np.ndarray  # int [E]: catalogue rows
     labels: np.ndarray  # float32 [E]
-    timestamps: np.ndarray  # int64 [E]
+    timestamps: np.ndarray | None  # int64 [E]; None where they are not read
     task_features: dict[str, Stored]  # n rows
     event_features: dict[str, Stored]  # E rows
     keys: pa.Array | None  # [n]
@@ -41,6 +41,7 @@ class Decoder:
         catalogue_rows: Items of the catalogue.
         counts: Whether an item is of the item set: bool [catalogue_rows]. None: all are.
         keys: Whether the tasks' keys are read.
+        timestamps: Whether the events' times are read.
     """
 
     def __init__(
@@ -50,18 +51,19 @@ class Decoder:
         counts: np.ndarray | None,
         *,
         keys: bool,
+        timestamps: bool = True,
     ) -> None:
-        self._features, self._catalogue_rows, self._keys = features, catalogue_rows, keys
+        self._features, self._catalogue_rows, self._keys, self._timestamps = features, catalogue_rows, keys, timestamps
         self._counts = None if counts is None or counts.all() else counts
         tasks, events = ([f.name for f in features[level]] for level in (Level.TASK, Level.EVENT))
-        own = ["items", "labels", "timestamps", *(["key"] if keys else [])]
+        own = ["items", "labels", *(["timestamps"] if timestamps else []), *(["key"] if keys else [])]
         #: Columns of a shard to read.
         self.names = [*own, *(f"task:{name}" for name in tasks), *(f"event:{name}" for name in events)]
         #: What their types must be.
         self.types: dict[str, pa.DataType] = {
             "items": pa.list_(pa.int32()),
             "labels": pa.list_(pa.float32()),
-            "timestamps": pa.list_(pa.int64()),
+            **({"timestamps": pa.list_(pa.int64())} if timestamps else {}),
             **({"key": pa.string()} if keys else {}),
             **{f"task:{f.name}": stored_type(f) for f in features[Level.TASK]},
             **{f"event:{f.name}": pa.list_(stored_type(f)) for f in features[Level.EVENT]},
@@ -79,8 +81,10 @@ class Decoder:
             items = numbers(values, "integer")
             if len(items) and (items.min() < 0 or items.max() >= self._catalogue_rows):
                 raise ValueError(f"catalogue rows below {self._catalogue_rows} were expected, not {items.max()}")
-            name = "timestamps"
-            timestamps = numbers(_values(table[name], offsets), "integer")
+            timestamps = None
+            if self._timestamps:
+                name = "timestamps"
+                timestamps = numbers(_values(table[name], offsets), "integer")
             name = "labels"
             labels = numbers(_values(table[name], offsets), "float")
             if not np.isfinite(labels).all():

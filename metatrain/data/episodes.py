@@ -85,12 +85,25 @@ def segments(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         some = lengths > 0
         starts, lengths = starts[some], lengths[some]
     ends = np.cumsum(lengths)
-    # A running sum of ones with a jump where a segment begins: one array, where repeating and adding need three.
-    found = np.ones(int(ends[-1]) if len(ends) else 0, np.int64)
-    if len(found):
-        found[0] = starts[0]
-        found[ends[:-1]] += starts[1:] - starts[:-1] - lengths[:-1]
-    return np.cumsum(found, out=found)
+    found = np.repeat(starts - ends + lengths, lengths)
+    found += counting(len(found))
+    return found
+
+
+# 0, 1, 2, …, kept from one use to the next: making it anew would take longer than all else in `segments`.
+_numbers = np.arange(0)
+_KEPT_NUMBERS = 1 << 20
+
+
+def counting(n: int) -> np.ndarray:
+    """0 to n - 1, not to be written to."""
+    global _numbers
+    numbers = _numbers
+    if len(numbers) < n:
+        numbers = np.arange(max(n, min(2 * n, _KEPT_NUMBERS)))
+        if len(numbers) <= _KEPT_NUMBERS:
+            _numbers = numbers
+    return numbers[:n]
 
 
 def _by_time(

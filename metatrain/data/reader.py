@@ -20,7 +20,7 @@ from metatrain.data.dataset import TaskDataset
 from metatrain.data.decoded import Decoder
 from metatrain.data.episodes import split_events
 from metatrain.data.manifest import ItemSet, Split
-from metatrain.data.pieces import Pieces
+from metatrain.data.pieces import LookUp, Pieces
 from metatrain.data.plan import EpochPlan
 from metatrain.data.schema import Level
 from metatrain.data.shards import Shards, check_sizes, row_groups
@@ -44,6 +44,7 @@ class BatchReader:
         shuffle: False: tasks in their stored order, dealt to the lanes.
         features: Names of the features to read. Default: all.
         keys: Whether `read_keyed` is used: the tasks' keys are read too.
+        timestamps: Whether the events' times are read, a third of what an event takes. No learner sees them.
         read_ahead: Whether a thread reads a lane's next window while the open one is used.
         verify: Whether the sizes of the split's shards are compared with the manifest now.
         quarantined: Paths of shards that are not read: the plan is what it is, and their tasks count as skipped.
@@ -67,6 +68,7 @@ class BatchReader:
         shuffle: bool = True,
         features: Sequence[str] | None = None,
         keys: bool = False,
+        timestamps: bool = True,
         read_ahead: bool = False,
         verify: bool = True,
         quarantined: Collection[str] = (),
@@ -97,9 +99,9 @@ class BatchReader:
         wanted = features_of(self.dataset.schema, features)
         catalogue = self.dataset.catalogue
         self._item_features = {f.name: stored(catalogue.features[f.name]) for f in wanted[Level.ITEM]}
-        self._place = np.empty(len(catalogue), np.int64)
+        self._look_up = LookUp(len(catalogue))
         counts = None if items is ItemSet.ALL else np.asarray(catalogue.new) == (items is ItemSet.NEW)
-        decoder = Decoder(wanted, len(catalogue), counts, keys=keys)
+        decoder = Decoder(wanted, len(catalogue), counts, keys=keys, timestamps=timestamps)
         self._windows = Windows(
             Shards(self.dataset.url, shards, decoder.types),
             decoder,
@@ -163,7 +165,7 @@ class BatchReader:
         for lane in lanes:
             for stretch in plan.stretches(lane, step, steps):
                 pieces.add(self._windows.of(plan, lane, stretch.window), stretch.bounds)
-        return pieces.joined(steps, lambda: self._windows.empty, self._place, self._item_features)
+        return pieces.joined(steps, lambda: self._windows.empty, self._look_up, self._item_features)
 
 
 def iterate(

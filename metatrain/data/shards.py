@@ -51,6 +51,8 @@ class Shards:
         self.row_groups = row_groups(shards)
         self._first_group = np.cumsum([0, *(len(s.row_groups) for s in shards)])
         self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()
+        #: Columns → a schema that was found right for them, and what it is made to: most tables have the last one's.
+        self._right: dict[tuple[str, ...], tuple[pa.Schema, pa.Schema]] = {}
 
     def read(self, row_groups: np.ndarray, columns: Sequence[str]) -> pa.Table:
         """These columns of these row groups in this order, every column in one chunk.
@@ -62,7 +64,7 @@ class Shards:
         tables = []
         for shard, own in itertools.groupby(pairs, lambda pair: pair[0]):
             inside = [group - int(self._first_group[shard]) for _, group in own]
-            tables.append(self._read(shard, inside, list(columns)))
+            tables.append(self._read(shard, inside, tuple(columns)))
         return pa.concat_tables(tables).combine_chunks()
 
     def by_shard(self, row_groups: np.ndarray) -> Iterator[tuple[Shard, np.ndarray]]:
@@ -84,26 +86,40 @@ class Shards:
     def _shard_of(self, row_groups: np.ndarray) -> np.ndarray:
         return np.searchsorted(self._first_group, row_groups, side="right") - 1
 
-    def _read(self, shard: int, inside: list[int], columns: list[str]) -> pa.Table:
+    def _read(self, shard: int, inside: list[int], columns: tuple[str, ...]) -> pa.Table:
         def read() -> pa.Table:
             # One thread: a node runs many readers, and each read-ahead works beside its own trainer.
             return self._file(shard).read_row_groups(inside, columns=columns, use_threads=False)
 
         table = self._attempt(shard, read)
-        wrong = ""
-        if sorted(table.column_names) != sorted(columns):
-            absent = sorted(set(columns).difference(table.column_names))
-            wrong = f"it lacks {', '.join(absent)}" if absent else "a name has several columns"
-        else:
-            table = table.select(columns)
-            wanted = pa.schema([(name, self._types.get(name, table.field(name).type)) for name in columns])
-            for name in columns:
-                if not alike(table.field(name).type, wanted.field(name).type):
-                    wrong = f"{name} is {table.field(name).type}, not {wanted.field(name).type}"
-        if wrong:
-            raise shard_error(self.url, self._shards[shard], "A shard lacks columns that the schema has.", got=wrong)
+        found, wanted = self._right.get(columns, (None, None))
+        if found is None or wanted is None or not table.schema.equals(found):
+            found, wanted = table.schema, self._wanted(shard, table.schema, columns)
+            self._right[columns] = found, wanted
+        if found.equals(wanted):
+            return table
+        table = table.select(columns)
         # Writers differ in how they name a list's values, and whether they may be null: only the types count.
         return table if table.schema.equals(wanted) else self._attempt(shard, lambda: table.cast(wanted))
+
+    def _wanted(self, shard: int, found: pa.Schema, columns: tuple[str, ...]) -> pa.Schema:
+        """What a table of this schema is to be made to.
+
+        Raises:
+            ShardError: It lacks columns, or they are of other types.
+        """
+        wrong = ""
+        if sorted(found.names) != sorted(columns):
+            absent = sorted(set(columns).difference(found.names))
+            wrong = f"it lacks {', '.join(absent)}" if absent else "a name has several columns"
+        else:
+            wanted = pa.schema([(name, self._types.get(name, found.field(name).type)) for name in columns])
+            for name in columns:
+                if not alike(found.field(name).type, wanted.field(name).type):
+                    wrong = f"{name} is {found.field(name).type}, not {wanted.field(name).type}"
+        if wrong:
+            raise shard_error(self.url, self._shards[shard], "A shard lacks columns that the schema has.", got=wrong)
+        return wanted
 
     def _file(self, shard: int) -> pq.ParquetFile:
         known = self._open.get(shard)

@@ -86,6 +86,7 @@ class TaskStream:
         split: Which tasks.
         items: Which events of a task count.
         features: Names of the features to read. Default: all.
+        timestamps: Whether the events' times are read.
         epochs: Epochs there are: nothing is read ahead behind the last. Default: no end.
         quarantined: Paths of shards that are not read (see `BatchReader`).
         num_cpus: CPUs of a reader, for Ray's scheduling; of those added later, `READER_CPUS`.
@@ -105,6 +106,7 @@ class TaskStream:
         split: Split = Split.TRAIN,
         items: ItemSet = ItemSet.EXISTING,
         features: Sequence[str] | None = None,
+        timestamps: bool = True,
         epochs: int | None = None,
         quarantined: Collection[str] = (),
         num_cpus: float = READER_CPUS,
@@ -129,6 +131,7 @@ class TaskStream:
             "episode": data.episode,
             "seed": seed,
             "features": features,
+            "timestamps": timestamps,
             "quarantined": quarantined,
         }
         #: Readers that were replaced.

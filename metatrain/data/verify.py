@@ -169,6 +169,7 @@ def check_shard(
     for table in _row_groups(dataset, shard, decoder):
         try:
             decoded = decoder(table)
+            assert decoded.timestamps is not None, "this decoder reads them"
             steps, first = np.diff(decoded.timestamps), decoded.offsets[1:-1]
             steps[first[(first > 0) & (first < len(decoded.timestamps))] - 1] = 0  # from one task to the next
             if (steps < 0).any():

@@ -34,7 +34,7 @@ class Window:
     query_lengths: np.ndarray  # int64 [K]
     items: np.ndarray  # int [N]: catalogue rows; a task's support, then its query
     labels: np.ndarray  # float32 [N]
-    timestamps: np.ndarray  # int64 [N]
+    timestamps: np.ndarray | None  # int64 [N]; None where they are not read
     task_features: dict[str, Stored]  # K rows
     event_features: dict[str, Stored]  # N rows
     keys: np.ndarray | None  # str objects [K]
@@ -176,7 +176,7 @@ class Windows:
             query_lengths=chosen.query_lengths,
             items=decoded.items[events],
             labels=decoded.labels[events],
-            timestamps=decoded.timestamps[events],
+            timestamps=None if decoded.timestamps is None else decoded.timestamps[events],
             task_features={name: stored(take(column, rows)) for name, column in decoded.task_features.items()},
             event_features={name: stored(take(column, events)) for name, column in decoded.event_features.items()},
             keys=None if decoded.keys is None else decoded.keys.to_numpy(zero_copy_only=False)[rows],

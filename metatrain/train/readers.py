@@ -26,4 +26,5 @@ def open_reader(dataset: TaskDataset, config: Config, split: Split, *, keys: boo
         features=config.model.features,
         quarantined=read_quarantine(config.run_url, dataset).paths if training else (),
         keys=keys,
+        timestamps=False,
     )

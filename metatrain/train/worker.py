@@ -112,6 +112,7 @@ class Training:
             seed=config.train.seed,
             lanes=self.lanes,
             features=config.model.features,
+            timestamps=False,
             epochs=config.train.epochs,
             quarantined=self.quarantine.paths,
             num_cpus=0,  # this worker asked for its readers' CPUs too: see `session.worker_cpus`

@@ -22,6 +22,7 @@ from metatrain.data.batch import Ragged, TaskBatch
 from metatrain.data.dataset import TaskDataset
 from metatrain.data.episodes import split_events
 from metatrain.data.manifest import ItemSet, Shard, Split, read_manifest
+from metatrain.data.pieces import LookUp
 from metatrain.data.plan import EpochPlan, lanes_of
 from metatrain.data.prepare_shards import parquet_bytes
 from metatrain.data.reader import BatchReader, batch_from_events, concatenate_batches, iterate
@@ -245,6 +246,42 @@ def test_reads_only_the_features_asked_for(tiny_dataset: Make, monkeypatch):
     )
     with pytest.raises(ConfigError, match="no such feature"):
         reader(url, features=("zap",))
+
+
+def test_the_times_are_read_where_they_are_asked_for_alone(tiny_dataset: Make, monkeypatch):
+    url = tiny_dataset()
+    with_times, without = reader(url), reader(url, timestamps=False)
+    columns: set[str] = set()
+    original = without._windows._shards.read
+    monkeypatch.setattr(
+        without._windows._shards, "read", lambda groups, names: (columns.update(names), original(groups, names))[1]
+    )
+    batches = list(without.read_steps(0, 0, with_times.steps(0), range(4)))
+    assert "timestamps" not in columns
+    for batch, expected in zip(batches, read_epoch(with_times), strict=True):
+        assert batch.timestamps is None
+        assert plain(batch) == plain(dataclasses.replace(expected, timestamps=None))
+        assert plain(batch.tensors()) == plain(batch)
+    joined = concatenate_batches([without.read(0, 0, [lane]) for lane in range(4)])
+    assert plain(joined) == plain(batches[0])
+
+
+@given(
+    st.integers(1, 300).flatmap(
+        lambda rows: st.tuples(st.just(rows), st.lists(st.lists(st.integers(0, rows - 1), max_size=200), max_size=4))
+    )
+)
+def test_items_of_steps_are_looked_up_as_by_unique(drawn: tuple[int, list[list[int]]]):
+    catalogue_rows, steps = drawn
+    look_up, bounds = LookUp(catalogue_rows), (0, *np.cumsum([len(step) for step in steps]).tolist())
+    rows = np.array([row for step in steps for row in step], np.int32)
+    for _ in range(2):  # nothing stays from one call to the next
+        items, positions, item_bounds = look_up(rows, bounds)
+        for i, step in enumerate(steps):
+            distinct, inverse = np.unique(np.array(step, np.int64), return_inverse=True)
+            assert items[item_bounds[i] : item_bounds[i + 1]].tolist() == distinct.tolist()
+            assert positions[bounds[i] : bounds[i + 1]].tolist() == inverse.tolist()
+    assert (items.dtype, positions.dtype) == (np.int64, np.int64)
 
 
 def test_steps_behind_the_epoch_are_empty_batches_of_the_right_types(tiny_dataset: Make):
