@@ -299,8 +299,9 @@ class DataConfig(Section):
     most_readers_per_worker: Positive = 4
     """With `readers_per_worker: auto`: the most there may be. Those after the first take CPUs that are free: on the
     worker's node, else on nodes without GPUs, in the same zone where nodes are labelled with theirs."""
-    prefetch: Positive = 16
-    """Steps that a reader works ahead. It makes up to half of them in one call, which small steps need to come fast."""
+    prefetch: Positive | Literal["auto"] = "auto"
+    """Steps that a reader works ahead. It makes up to half of them in one call, which small steps need to come fast.
+    auto: as many as make two calls of 4,096 of the worker's tasks, and 16 at the least."""
     prefetch_memory: Positive = 512
     """MiB of batches that may wait for a worker in the object store: large steps are prefetched less far."""
     verify: Literal["sizes", "checksums"] = "sizes"

@@ -136,7 +136,7 @@ def measure(url: str, sizes: list[int], rounds: int, data: DataConfig, timestamp
     streams: dict[int, TaskStream] = {}
     for size in sizes:
         own = data.model_copy(update={"tasks_per_step": size})
-        paths["reader", size] = feed.reader(own, max(1, min(own.prefetch // 2, CALL_TASKS // size)))
+        paths["reader", size] = feed.reader(own, max(1, CALL_TASKS // size))
         paths["step", size] = feed.reader(own, 1)
         paths["actor", size], streams[size] = feed.actor(own)
     seconds: dict[tuple[str, int], list[float]] = {name: [] for name in paths}

@@ -48,8 +48,8 @@ DEATHS_IN_A_ROW = 5
 #: Seconds that a new reader may take to start before the stream gives up.
 START_SECONDS = 300.0
 
-#: Tasks of the global batch from which on a call of the readers is not made larger.
-CALL_TASKS = 4096
+#: A worker's tasks in a call of its readers at the most; with `prefetch: auto`, the least steps to work ahead.
+CALL_TASKS, LEAST_AHEAD = 4096, 16
 
 # What takes a reader, or a batch it made, away; anything else is an error of the read itself.
 _DEATHS = (RayActorError, NodeDiedError, ObjectLostError, OutOfMemoryError, WorkerCrashedError)
@@ -140,7 +140,9 @@ class TaskStream:
         self.wait_seconds = 0.0
         self._deaths = 0
         # Two calls are in flight at the least, so that a reader works while the trainer uses what it has made.
-        self._steps_per_call = max(1, min(data.prefetch // 2, CALL_TASKS // data.tasks_per_step))
+        most = max(1, CALL_TASKS * data.lanes // (data.tasks_per_step * max(1, len(mine))))
+        self._prefetch = max(LEAST_AHEAD, 2 * most) if data.prefetch == "auto" else data.prefetch
+        self._steps_per_call = max(1, min(self._prefetch // 2, most))
         self._queue: deque[_Call] = deque()
         self._actors: list[Any] = [self._actor(num_cpus) for _ in range(readers)]
         self._pids: list[int] = [0] * readers
@@ -211,7 +213,7 @@ class TaskStream:
 
     def _fill(self, epoch: int, step: int) -> None:
         """Asks for steps from here on until as many of them are in flight as `prefetch` and their bytes allow."""
-        ahead = self._pace.ahead(self._data.prefetch)
+        ahead = self._pace.ahead(self._prefetch)
         in_flight = sum(call.steps for call in self._queue)
         if self._queue:
             epoch, step = self._after(self._queue[-1])

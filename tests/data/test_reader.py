@@ -274,7 +274,7 @@ def test_the_times_are_read_where_they_are_asked_for_alone(tiny_dataset: Make, m
 def test_items_of_steps_are_looked_up_as_by_unique(drawn: tuple[int, list[list[int]]]):
     catalogue_rows, steps = drawn
     look_up, bounds = LookUp(catalogue_rows), (0, *np.cumsum([len(step) for step in steps]).tolist())
-    rows = np.array([row for step in steps for row in step], np.int32)
+    rows = np.array([row for step in steps for row in step], np.int64)
     for _ in range(2):  # nothing stays from one call to the next
         items, positions, item_bounds = look_up(rows, bounds)
         for i, step in enumerate(steps):

@@ -13,7 +13,7 @@ from metatrain.data import pace
 from metatrain.data.manifest import ItemSet, Split
 from metatrain.data.plan import lanes_of
 from metatrain.data.reader import BatchReader, concatenate_batches
-from metatrain.data.stream import TaskStream
+from metatrain.data.stream import CALL_TASKS, TaskStream
 from metatrain.errors import ConfigError, DatasetError
 from tests.data.tiny_dataset import plain
 
@@ -91,6 +91,20 @@ def test_nothing_is_read_behind_the_last_epoch(tiny_dataset: Callable[..., str])
         in_flight = [len(stream._queue) for _ in stream.batches(0)]
         assert max(in_flight) == DATA.prefetch - 1
         assert in_flight[-1] == 0
+
+
+def test_small_steps_are_made_many_in_one_call(tiny_dataset: Callable[..., str]):
+    one = DATA.model_copy(update={"readers_per_worker": 1, "prefetch": "auto"})
+    url, most = tiny_dataset(), CALL_TASKS // DATA.tasks_per_step
+    with contextlib.closing(TaskStream(url, one, seed=3, num_cpus=0.1)) as stream:
+        assert (stream._steps_per_call, stream._prefetch) == (most, 2 * most)
+        first = [plain(b) for b in stream.batches(0)]
+        assert first == undisturbed(url, 0)
+        # An epoch of so few steps is one call.
+        assert [(call.place, call.steps) for call in stream._queue][0] == ((1, 0), len(undisturbed(url, 1)))
+        assert [plain(b) for b in stream.batches(1)] == undisturbed(url, 1)
+    with contextlib.closing(TaskStream(url, one, seed=3, lanes=[1], num_cpus=0.1)) as stream:
+        assert stream._steps_per_call == most * DATA.lanes  # of this worker's tasks
 
 
 def test_what_cannot_be_used_is_raised_as_itself(tiny_dataset: Callable[..., str], tmp_path):
