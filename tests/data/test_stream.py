@@ -101,7 +101,8 @@ def test_small_steps_are_made_many_in_one_call(tiny_dataset: Callable[..., str])
         first = [plain(b) for b in stream.batches(0)]
         assert first == undisturbed(url, 0)
         # An epoch of so few steps is one call.
-        assert [(call.place, call.steps) for call in stream._queue][0] == ((1, 0), len(undisturbed(url, 1)))
+        call = stream._queue[0]
+        assert (call.place, call.steps) == ((1, 0), len(undisturbed(url, 1)))
         assert [plain(b) for b in stream.batches(1)] == undisturbed(url, 1)
     with contextlib.closing(TaskStream(url, one, seed=3, lanes=[1], num_cpus=0.1)) as stream:
         assert stream._steps_per_call == most * DATA.lanes  # of this worker's tasks
