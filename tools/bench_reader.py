@@ -2,7 +2,7 @@
 
     python tools/bench_reader.py [--dataset URL | --users 800000] [--tasks 64 256 1024] [--timestamps] [--json FILE]
 
-Paths, each on one core (`--cores` names it and the one of this process):
+Paths, each on one core:
 
 - scan: pyarrow decodes the projected columns of all row groups, file after file, on one thread, and drops them;
 - reader: `BatchReader.read_steps` makes the batches in this process, several steps a call as the actor does;

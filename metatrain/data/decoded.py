@@ -63,7 +63,7 @@ class Decoder:
         self.types: dict[str, pa.DataType] = {
             "items": pa.list_(pa.int32()),
             "labels": pa.list_(pa.float32()),
-            **({"timestamps": pa.list_(pa.int64())} if timestamps else {}),
+            "timestamps": pa.list_(pa.int64()),
             **({"key": pa.string()} if keys else {}),
             **{f"task:{f.name}": stored_type(f) for f in features[Level.TASK]},
             **{f"event:{f.name}": pa.list_(stored_type(f)) for f in features[Level.EVENT]},

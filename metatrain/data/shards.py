@@ -51,8 +51,8 @@ class Shards:
         self.row_groups = row_groups(shards)
         self._first_group = np.cumsum([0, *(len(s.row_groups) for s in shards)])
         self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()
-        #: Columns → a schema that was found right for them, and what it is made to: most tables have the last one's.
-        self._right: dict[tuple[str, ...], tuple[pa.Schema, pa.Schema]] = {}
+        #: Columns → the schema that the last table of them was to have: one that has it needs no closer look.
+        self._right: dict[tuple[str, ...], pa.Schema] = {}
 
     def read(self, row_groups: np.ndarray, columns: Sequence[str]) -> pa.Table:
         """These columns of these row groups in this order, every column in one chunk.
@@ -92,12 +92,10 @@ class Shards:
             return self._file(shard).read_row_groups(inside, columns=columns, use_threads=False)
 
         table = self._attempt(shard, read)
-        found, wanted = self._right.get(columns, (None, None))
-        if found is None or wanted is None or not table.schema.equals(found):
-            found, wanted = table.schema, self._wanted(shard, table.schema, columns)
-            self._right[columns] = found, wanted
-        if found.equals(wanted):
+        wanted = self._right.get(columns)
+        if wanted is not None and table.schema.equals(wanted):
             return table
+        wanted = self._right[columns] = self._wanted(shard, table.schema, columns)
         table = table.select(columns)
         # Writers differ in how they name a list's values, and whether they may be null: only the types count.
         return table if table.schema.equals(wanted) else self._attempt(shard, lambda: table.cast(wanted))
