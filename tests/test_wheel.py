@@ -40,7 +40,8 @@ def test_only_the_package_is_inside(wheel: zipfile.ZipFile):
 
 
 def test_every_module_is_inside(wheel: zipfile.ZipFile):
-    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "metatrain").rglob("*.py")}
+    package = ROOT / "metatrain"
+    modules = {path.relative_to(ROOT).as_posix() for kind in ("*.py", "*.cpp") for path in package.rglob(kind)}
     assert modules == {name for name in wheel.namelist() if name.startswith("metatrain/")}
 
 

@@ -55,11 +55,14 @@ from metatrain.meta import low_rank_adapt
 from metatrain.meta.engine import FastWeights, Tensors, VmapEngine
 from metatrain.meta.episode import Episodes, Examples
 from metatrain.meta.losses import EventLoss, event_loss
+from metatrain.meta.low_rank_chunks import Recordings
 from metatrain.meta.low_rank_cost import Shapes
 from metatrain.meta.low_rank_elementwise import ACTIVATIONS, loss_derivatives
 from metatrain.meta.low_rank_form import CannotServe, describe
-from metatrain.meta.low_rank_loss import AdaptedLoss, Problem, Recordings
+from metatrain.meta.low_rank_loss import AdaptedLoss
+from metatrain.meta.low_rank_problem import Problem
 from metatrain.meta.low_rank_rows import RowFeature, pool
+from metatrain.meta.low_rank_tasks import Translations
 from metatrain.meta.memory import low_rank_bytes
 
 __all__ = ["AdaptedLosses", "CannotServe", "LowRankEngine"]
@@ -107,7 +110,7 @@ class LowRankEngine:
         self._loss = event_loss(loss, huber_delta) if isinstance(loss, str) else loss
         self._derivatives = loss_derivatives(loss, huber_delta)
         self._vmap = VmapEngine(learner, self._loss, order)
-        self._recordings = Recordings()
+        self._recordings, self._translations = Recordings(), Translations()
 
     def adapt(
         self,
@@ -181,6 +184,7 @@ class LowRankEngine:
         result = AdaptedLoss.apply(
             problem,
             self._recordings,
+            self._translations,
             support.labels,
             weights,
             query.labels,

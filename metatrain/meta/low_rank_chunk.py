@@ -163,6 +163,8 @@ class Chunk:
 
     def _apart(self, name: str, part: Linear) -> Linear:
         """The columns in one piece: products with a matrix of longer rows can be a hundred times slower (oneDNN)."""
+        if self._sizes.tasks == 1:
+            return part  # a copy a task would cost as much as it saves; our kernels don't mind
         weight = self._ws(f"first.weight.{name}", *part.weight.shape)
         self.forward(weight.copy_, part.weight)
         return replace(part, weight=weight)

@@ -76,10 +76,13 @@ class LossDerivatives:
     """Derivatives of an event loss in the score, elementwise, into `out`.
 
     `slope(scores, labels, out)`: the first. `curvature`: the second, or a number where it is the same everywhere.
+    `name` is the loss's own where it has one, and `delta` the width of a Huber loss's square.
     """
 
     slope: Callable[[Tensor, Tensor, Tensor], object]
     curvature: Callable[[Tensor, Tensor, Tensor], object] | float
+    name: str | None = None
+    delta: float = 1.0
 
 
 def loss_derivatives(loss: str | EventLoss, huber_delta: float = 1.0) -> LossDerivatives:
@@ -91,13 +94,15 @@ def loss_derivatives(loss: str | EventLoss, huber_delta: float = 1.0) -> LossDer
     if not isinstance(loss, str):
         return _by_autograd(loss)
     if loss == "squared":
-        return LossDerivatives(lambda s, y, out: torch.sub(s, y, out=out).mul_(2), 2.0)
+        return LossDerivatives(lambda s, y, out: torch.sub(s, y, out=out).mul_(2), 2.0, loss)
     if loss == "absolute":
-        return LossDerivatives(lambda s, y, out: torch.sub(s, y, out=out).sign_(), 0.0)
+        return LossDerivatives(lambda s, y, out: torch.sub(s, y, out=out).sign_(), 0.0, loss)
     if loss == "huber":
         return LossDerivatives(
             lambda s, y, out: torch.sub(s, y, out=out).clamp_(-huber_delta, huber_delta),
             lambda s, y, out: out.copy_((s - y).abs_() < huber_delta),
+            loss,
+            huber_delta,
         )
     if loss == "binary_cross_entropy":
 
@@ -105,7 +110,7 @@ def loss_derivatives(loss: str | EventLoss, huber_delta: float = 1.0) -> LossDer
             p = torch.sigmoid(s)
             torch.mul(p, 1 - p, out=out)
 
-        return LossDerivatives(lambda s, y, out: torch.sigmoid(s, out=out).sub_(y), curvature)
+        return LossDerivatives(lambda s, y, out: torch.sigmoid(s, out=out).sub_(y), curvature, loss)
     raise ValueError(f"unknown loss {loss!r}: squared, absolute, huber or binary_cross_entropy")
 
 

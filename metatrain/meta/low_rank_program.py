@@ -53,6 +53,10 @@ class Workspace:
                 flat = self._flat[name] = self._like.new_empty(size)
         return flat[:size].view(shape)
 
+    def buffers(self) -> list[Tensor]:
+        """All that it holds, flat."""
+        return list(self._flat.values())
+
 
 class Program:
     """Operations in order. Calling it runs an operation and records it; see the module."""
@@ -75,6 +79,13 @@ class Program:
     def empty(self) -> bool:
         """Whether nothing was recorded."""
         return not self._calls
+
+    def calls(self) -> Iterator[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]]:
+        """Operation, inputs and options of each, with rates as they were recorded."""
+        rates: dict[int, dict[str, Rate]] = {}
+        for options, key, rate in self._open:
+            rates.setdefault(id(options), {})[key] = rate
+        return ((operation, inputs, options | rates.get(id(options), {})) for operation, inputs, options in self._calls)
 
     def inputs(self) -> Iterator[Tensor]:
         """The tensors that recorded operations are given by position."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import threading
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from unittest import mock
 
 import pytest
 import torch
@@ -26,6 +28,8 @@ LOSSES = ("squared", "absolute", "huber", "binary_cross_entropy")
 PATTERNS = ("*", "head.*", "layers.0.*", "layers.1.*", "*.bias", "*.weight", "head.weight", "layers.0.bias")
 #: Adapted features: name → rows of a task, ids of an event at most, width. At level task all events share the slots.
 ROWS = {"item": (3, 1, 2), "genres": (4, 3, 3), "task": (2, 2, 1)}
+
+BOTH = pytest.mark.parametrize("kernels", [True, False], ids=["by kernels", "by torch"])
 
 
 @dataclass
@@ -144,11 +148,29 @@ def gradients(total: Tensor, case: Case) -> list[Tensor]:
     return list(torch.autograd.grad(total, case.leaves, allow_unused=True, materialize_grads=True))
 
 
-def fused(case: Case, loss: str, order: int, chunk: int = 0, engine: LowRankEngine | None = None):
-    """Losses and gradients by the hand-written reverse."""
+def fused(
+    case: Case,
+    loss: str,
+    order: int,
+    chunk: int = 0,
+    engine: LowRankEngine | None = None,
+    kernels: bool = True,
+    served: bool = True,
+):
+    """Losses and gradients by the hand-written reverse, run by the kernels, which must serve, or by torch."""
     engine = engine or LowRankEngine(case.learner, loss, order, chunk=chunk)
-    result = engine.query_loss(case.parameters, case.adapted, case.steps, case.episodes, loss)
+    with mock.patch.dict(os.environ, METATRAIN_KERNELS=str(int(kernels))):
+        result = engine.query_loss(case.parameters, case.adapted, case.steps, case.episodes, loss)
+    if kernels and served:
+        assert all(engine._translations._held.values())
+        assert engine._translations._held
     return result.after, gradients(2 * result.total, case)
+
+
+def assert_both_same(case: Case, loss: str, order: int, chunk: int, expected, tolerance=1e-9) -> None:
+    """The kernels' result and torch's."""
+    assert_same(fused(case, loss, order), expected, tolerance)
+    assert_same(fused(case, loss, order, chunk, kernels=False), expected, tolerance)
 
 
 def plain(case: Case, loss: str, order: int):
@@ -191,7 +213,7 @@ def test_gradients_equal_a_loop_over_tasks(
 ) -> None:
     case = make(hidden, activation, skip, steps, pattern, loss, sizes, seed)
     expected = reference(case, loss, order)
-    assert_same(fused(case, loss, order, chunk), expected)
+    assert_both_same(case, loss, order, chunk, expected)
     assert_same(plain(case, loss, order), expected)
 
 
@@ -216,7 +238,7 @@ def test_rows_that_adapt(
 ) -> None:
     case = make(hidden, activation, skip, steps, pattern, loss, sizes, seed, rows=rows, fixed=fixed, norm=norm)
     expected = reference(case, loss, order)
-    assert_same(fused(case, loss, order, chunk), expected, 1e-10)
+    assert_both_same(case, loss, order, chunk, expected, 1e-10)
     assert_same(plain(case, loss, order), expected, 1e-10)
     assert_same(adapting(case, VmapEngine(case.learner, event_loss(loss), order), loss), expected, 1e-10)
 
@@ -237,7 +259,7 @@ def test_rows_that_adapt(
 def test_normalised_layers(hidden, activation, skip, order, steps, pattern, loss, sizes, chunk, seed) -> None:
     case = make(hidden, activation, skip, steps, pattern, loss, sizes, seed, norm="layer")
     expected = reference(case, loss, order)
-    assert_same(fused(case, loss, order, chunk), expected)
+    assert_both_same(case, loss, order, chunk, expected)
     assert_same(plain(case, loss, order), expected)
     assert_same(adapting(case, VmapEngine(case.learner, event_loss(loss), order), loss), expected)
 
@@ -246,7 +268,7 @@ def test_normalised_layers(hidden, activation, skip, order, steps, pattern, loss
 @pytest.mark.parametrize("steps", [1, 3])
 def test_wide_layers_and_many_steps(queries: int, steps: int) -> None:
     case = make((16, 8), "tanh", False, steps, "*", "squared", (4, 5, queries))
-    assert_same(fused(case, "squared", 2, 3), reference(case, "squared", 2))
+    assert_both_same(case, "squared", 2, 3, reference(case, "squared", 2))
 
 
 def test_second_order_equals_finite_differences() -> None:
@@ -266,7 +288,8 @@ def test_second_order_equals_finite_differences() -> None:
     assert torch.autograd.gradcheck(total, [t.detach().requires_grad_() for t in at], atol=1e-7, rtol=1e-5)
 
 
-def test_float32_is_within_its_rounding() -> None:
+@BOTH
+def test_float32_is_within_its_rounding(kernels: bool) -> None:
     case = make((64, 64), "relu", False, 5, "*", "squared", (8, 20, 10), dtype=torch.float32)
     exact = make((64, 64), "relu", False, 5, "*", "squared", (8, 20, 10))
     with torch.no_grad():
@@ -274,26 +297,28 @@ def test_float32_is_within_its_rounding() -> None:
             mine.copy_(theirs * 0.1 if mine is not exact.rates else theirs)
             theirs.copy_(mine)
     _, expected = reference(exact, "squared", 2)
-    _, got = fused(case, "squared", 2)
+    _, got = fused(case, "squared", 2, kernels=kernels)
     a, b = (torch.cat([g.double().flatten() for g in found]) for found in (got, expected))
     assert (a - b).norm() / b.norm() < 1e-5
 
 
-def test_a_replay_sees_new_values_rates_and_shapes() -> None:
+@BOTH
+def test_a_replay_sees_new_values_rates_and_shapes(kernels: bool) -> None:
     """What was recorded for one batch must not remember its numbers."""
     first = make(seed=1)
     engine = LowRankEngine(first.learner, "squared", chunk=2)
     for seed, sizes in [(1, (5, 4, 3)), (2, (5, 4, 3)), (3, (4, 7, 3)), (4, (9, 2, 6)), (5, (5, 4, 3))]:
         other = make(sizes=sizes, seed=seed)
-        assert_same(fused(other, "squared", 2, engine=engine), reference(other, "squared", 2))
+        assert_same(fused(other, "squared", 2, engine=engine, kernels=kernels), reference(other, "squared", 2))
 
 
-def test_inputs_are_never_written_to_nor_kept() -> None:
+@BOTH
+def test_inputs_are_never_written_to_nor_kept(kernels: bool) -> None:
     case = make(sizes=(5, 4, 3))
     engine = LowRankEngine(case.learner, "squared", chunk=2)
     for _ in range(3):
         before = [case.episodes.support.x.detach().clone(), case.episodes.query.x.detach().clone()]
-        fused(case, "squared", 2, engine=engine)
+        fused(case, "squared", 2, engine=engine, kernels=kernels)
         assert torch.equal(before[0], case.episodes.support.x)
         assert torch.equal(before[1], case.episodes.query.x)
     places = {case.episodes.support.x.untyped_storage().data_ptr(), case.episodes.query.x.untyped_storage().data_ptr()}
@@ -302,15 +327,16 @@ def test_inputs_are_never_written_to_nor_kept() -> None:
             assert not places & {t.untyped_storage().data_ptr() for t in program.inputs()}
 
 
-def test_padding_changes_nothing() -> None:
+@BOTH
+def test_padding_changes_nothing(kernels: bool) -> None:
     case = make(sizes=(4, 4, 3))
-    expected = fused(case, "squared", 2)
+    expected = fused(case, "squared", 2, kernels=kernels)
     with torch.no_grad():
         for examples in (case.episodes.support, case.episodes.query):
             padded = examples.mask == 0
             examples.x[padded] = 1e3
             examples.labels[padded] = -1e3
-    got = fused(case, "squared", 2)
+    got = fused(case, "squared", 2, kernels=kernels)
     torch.testing.assert_close(got[0], expected[0])
     for mine, theirs in zip(got[1][2:], expected[1][2:], strict=True):
         torch.testing.assert_close(mine, theirs)
@@ -340,10 +366,11 @@ def test_without_gradients_nothing_is_reversed() -> None:
     torch.testing.assert_close(quiet.after, reference(case, "squared", 2)[0])
 
 
+@BOTH
 @pytest.mark.parametrize("sizes", [(0, 4, 3), (3, 0, 2)], ids=["no task", "no support event"])
-def test_empty_batches_have_zero_gradients_where_nothing_is(sizes: tuple[int, int, int]) -> None:
+def test_empty_batches_have_zero_gradients_where_nothing_is(sizes: tuple[int, int, int], kernels: bool) -> None:
     case = make(sizes=sizes)
-    after, found = fused(case, "squared", 2)
+    after, found = fused(case, "squared", 2, kernels=kernels)
     assert after.shape == (sizes[0],)
     assert torch.all(found[2] == 0)
     if not sizes[0]:
@@ -354,7 +381,7 @@ def test_a_loss_without_a_name_goes_by_autograd() -> None:
     case = make(loss="squared")
     engine = LowRankEngine(case.learner, lambda s, y: (s - y) ** 4)
     named = LowRankEngine(case.learner, event_loss("squared"))
-    assert_same(fused(case, "squared", 2, engine=named), reference(case, "squared", 2))
+    assert_same(fused(case, "squared", 2, engine=named, served=False), reference(case, "squared", 2))
     result = engine.query_loss(case.parameters, case.adapted, case.steps, case.episodes, lambda s, y: (s - y).abs())
     assert torch.isfinite(result.total)
 
@@ -379,26 +406,32 @@ def test_a_graph_that_is_retained_goes_backward_twice() -> None:
         torch.testing.assert_close(three, 3 * one)
 
 
-def test_copies_and_pickles_work_without_their_buffers() -> None:
+@BOTH
+def test_copies_and_pickles_work_without_their_buffers(kernels: bool) -> None:
     case = make()
     engine = LowRankEngine(case.learner, "squared")
-    expected = fused(case, "squared", 2, engine=engine)
+    expected = fused(case, "squared", 2, engine=engine, kernels=kernels)
     twin = copy.deepcopy(engine)
-    assert_same(fused(case, "squared", 2, engine=twin), expected)
+    assert_same(fused(case, "squared", 2, engine=twin, kernels=kernels), expected)
     # Closures of losses don't pickle; the recordings within must not be what stops it.
     assert pickle.loads(pickle.dumps(engine._recordings))._chunks == {}
+    assert pickle.loads(pickle.dumps(engine._translations))._held == {}
 
 
-def test_threads_do_not_share_buffers() -> None:
+@BOTH
+def test_threads_do_not_share_buffers(kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("METATRAIN_KERNELS", str(int(kernels)))  # before there are threads
     cases = [make(seed=seed) for seed in range(2)]
     engine = LowRankEngine(cases[0].learner, "squared", chunk=2)
-    expected = [fused(case, "squared", 2) for case in cases]
+    expected = [fused(case, "squared", 2, kernels=kernels) for case in cases]
     wrong: list[BaseException] = []
 
     def work(number: int) -> None:
+        case = cases[number]
         try:
             for _ in range(20):
-                assert_same(fused(cases[number], "squared", 2, engine=engine), expected[number])
+                result = engine.query_loss(case.parameters, case.adapted, case.steps, case.episodes, "squared")
+                assert_same((result.after, gradients(2 * result.total, case)), expected[number])
         except AssertionError as error:
             wrong.append(error)
 
@@ -454,14 +487,15 @@ def test_padded_slots_events_and_rows_change_nothing(pattern: str, skip: bool) -
     assert_same((result.after, gradients(2 * result.total, case)), expected, 1e-12)
 
 
-def test_rows_in_float32_are_within_its_rounding() -> None:
+@BOTH
+def test_rows_in_float32_are_within_its_rounding(kernels: bool) -> None:
     case, exact = (make((64, 64), "tanh", True, 5, sizes=(8, 20, 10), dtype=dtype, rows=tuple(ROWS))
                    for dtype in (torch.float32, torch.float64))  # fmt: skip
     with torch.no_grad():
         for mine, theirs in zip(exact.leaves, case.leaves, strict=True):
             mine.copy_(theirs * 0.1 if mine is not exact.rates else theirs)
             theirs.copy_(mine)
-    (_, expected), (_, got) = reference(exact, "squared", 2), fused(case, "squared", 2)
+    (_, expected), (_, got) = reference(exact, "squared", 2), fused(case, "squared", 2, kernels=kernels)
     a, b = (torch.cat([g.double().flatten() for g in found]) for found in (got, expected))
     assert (a - b).norm() / b.norm() < 1e-5
 
@@ -471,7 +505,7 @@ def test_products_find_their_matrices_in_one_piece(rows: tuple[str, ...]) -> Non
     """oneDNN is a hundred times slower on a weight with longer rows, and bmm into columns goes task by task."""
     case = make(rows=rows, norm="layer")
     engine = LowRankEngine(case.learner, "squared")
-    fused(case, "squared", 2, engine=engine)
+    fused(case, "squared", 2, engine=engine, kernels=False)
     for _, recording in engine._recordings._chunks.values():
         for program in (recording.chunk.forward, recording.chunk.backward):
             for operation, values, options in program._calls:

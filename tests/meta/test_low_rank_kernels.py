@@ -1,0 +1,137 @@
+"""The kernels of the low-rank engine: sizes at which their tiles differ, threads, and machines that have none."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_low_rank import LOSSES, PATTERNS, ROWS, assert_same, fused, make
+from torch import Tensor
+
+from metatrain.meta import low_rank_build
+from metatrain.meta.low_rank import LowRankEngine
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    hidden=st.lists(st.integers(1, 80), min_size=1, max_size=3).map(tuple),
+    activation=st.sampled_from(["relu", "tanh", "gelu", "silu"]),
+    skip=st.booleans(),
+    order=st.sampled_from([1, 2]),
+    steps=st.integers(1, 3),
+    pattern=st.sampled_from(PATTERNS),
+    loss=st.sampled_from(LOSSES),
+    sizes=st.tuples(st.integers(1, 3), st.integers(1, 45), st.integers(1, 25)),
+    fixed=st.integers(1, 300),
+    rows=st.lists(st.sampled_from(tuple(ROWS)), unique=True),
+    norm=st.sampled_from(["none", "layer"]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 1000),
+)
+def test_any_sizes_give_what_torch_gives(
+    hidden, activation, skip, order, steps, pattern, loss, sizes, fixed, rows, norm, dtype, seed
+) -> None:
+    case = make(hidden, activation, skip, steps, pattern, loss, sizes, seed, dtype, tuple(rows), fixed, norm)
+    with torch.no_grad():
+        for leaf in case.leaves:
+            leaf.mul_(0.2)  # that float32 does not leave the range in which it can be compared
+    tolerance = 1e-10 if dtype is torch.float64 else 2e-4
+    assert_same(fused(case, loss, order), fused(case, loss, order, kernels=False), tolerance)
+
+
+def result(threads: int) -> list[Tensor]:
+    case = make((16, 8), "tanh", False, 2, sizes=(11, 4, 3), dtype=torch.float32)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        after, found = fused(case, "squared", 2)
+    finally:
+        torch.set_num_threads(before)
+    return [after, *found]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 16])
+def test_threads_change_rounding_alone(threads: int) -> None:
+    one, several, again = result(1), result(threads), result(threads)
+    for a, b, c in zip(one, several, again, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
+        assert torch.equal(b, c)
+
+
+def test_what_is_not_finite_shows_in_its_task_alone() -> None:
+    case = make((16, 8), "relu", sizes=(5, 4, 3))
+    with torch.no_grad():
+        case.episodes.query.mask.fill_(1)
+        case.episodes.query.x[2, 1] = torch.nan
+    after, found = fused(case, "squared", 2)
+    assert torch.isfinite(after).tolist() == [True, True, False, True, True]
+    assert torch.isnan(found[3]).any()
+
+
+@pytest.fixture
+def unloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """As in a process that has not looked for kernels, and a cache of its own."""
+    monkeypatch.setattr(low_rank_build, "_loaded", low_rank_build._loaded.__wrapped__)
+    monkeypatch.setenv("METATRAIN_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def losses() -> Tensor:
+    case = make()
+    return (
+        LowRankEngine(case.learner, "squared")
+        .query_loss(case.parameters, case.adapted, case.steps, case.episodes, "squared")
+        .after
+    )
+
+
+def test_a_machine_without_a_compiler_says_so_and_goes_by_torch(
+    unloaded: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = losses()
+    monkeypatch.setenv("PATH", str(unloaded))
+    monkeypatch.delenv("CXX", raising=False)
+    torch.testing.assert_close(losses(), expected)
+    assert "no C++ compiler is here" in caplog.text
+
+
+def test_a_compiler_that_fails_says_so_and_goes_by_torch(
+    unloaded: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = unloaded / "broken"
+    broken.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "no such processor" >&2\nexit 1\n')
+    broken.chmod(0o755)
+    expected = losses()
+    monkeypatch.setenv("CXX", str(broken))
+    torch.testing.assert_close(losses(), expected)
+    assert "could not be built" in caplog.text
+    assert "no such processor" in caplog.text
+
+
+def test_kernels_are_built_once_for_a_machine(unloaded: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    losses()
+    losses()
+    assert caplog.text.count("low-rank kernels built by") == 1
+    assert [path.suffix for path in (unloaded / "kernels").iterdir()] == [".so"]
+
+
+def test_they_can_be_switched_off(unloaded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("METATRAIN_KERNELS", "0")
+    losses()
+    assert not (unloaded / "kernels").exists()
+
+
+def test_gradients_are_the_callers() -> None:
+    """What one call found must not change with the next."""
+    first, second = make(seed=1), make(seed=2)
+    engine = LowRankEngine(first.learner, "squared")
+    _, found = fused(first, "squared", 2, engine=engine)
+    kept = [gradient.clone() for gradient in found]
+    fused(second, "squared", 2, engine=engine)
+    for gradient, copy in zip(found, kept, strict=True):
+        assert torch.equal(gradient, copy)
