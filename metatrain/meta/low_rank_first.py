@@ -196,9 +196,10 @@ class FirstLayer:
             pairs.append((self._d_base_s, self._x_s, d_x_s))
         elif d_x_s is not None:
             self._p(d_x_s.zero_)
-        for number, (d_h, x, d_x) in enumerate(pairs):
+        for d_h, x, _ in pairs:
+            self._p(accumulate, found.weight(layer), flat(d_h).t(), flat(x))
+        for number, (d_h, _, d_x) in enumerate(pairs):
             rows = flat(d_h)
-            self._p(accumulate, found.weight(layer), rows.t(), flat(x))
             if layer.bias_name is not None:
                 total = self._ws(f"first.d_bias{number}", self._out)
                 self._p(torch.sum, rows, 0, out=total)

@@ -70,7 +70,7 @@ struct Place {
 };
 
 struct Operation {
-    Index kind, variant;
+    Index kind, variant;  // of a product, 1: the next operation is one more product, added to this one's
     Index alpha_rate, beta_rate;  // which of the rates multiplies the factor beside it; negative: none
     double alpha, beta;
     Index size[3];
@@ -94,13 +94,20 @@ struct Ahead {
 // ---- products ----
 
 template <class T>
-struct Product {
-    Index m, n, k;
+struct Factors {
     const T *a;
     Index a_row, a_column;
     const T *b;
     Index b_row, b_column;
-    const T *d;  // what is added, times beta; null: nothing
+    Index k;
+};
+
+// c [m, n] = alpha (a b + a' b') + beta d, of which the second factors (k = 0) and d (null) may be missing.
+template <class T>
+struct Product {
+    Index m, n;
+    Factors<T> first, second;
+    const T *d;
     Index d_row, d_column;
     T *c;
     Index c_row, c_column;
@@ -139,14 +146,18 @@ inline Vector<T, W> load_part(const T *, Index);
 constexpr bool PARTS = false;
 #endif
 
-// Which part of a product: columns from j on of which the last vector has so many lanes, and the inner axis.
+// Some columns of a product, from j on, of which the last vector has so many lanes, and a stretch of its inner axis:
+// b begins there, and in it rows follow each other in one piece.
+template <class T>
 struct Part {
-    Index j, lanes, k0, k1;
+    Index j, lanes;
+    Factors<T> factors[2];
+    bool more;  // add to c what is not the first stretch
 };
 
-// c[MR x NV·W] = alpha a b + beta d, of which b, c and d have rows in one piece.
+// c [MR, NV·W] = alpha a b + beta d
 template <class T, Index W, Index NV, Index MR, bool WHOLE>
-inline __attribute__((always_inline)) void tile(const Product<T> &p, const T *b, Index b_row, Index i, Part part) {
+inline __attribute__((always_inline)) void tile(const Product<T> &p, const Part<T> &part, Index i) {
     using V = Vector<T, W>;
     const auto get = [&](const T *from, Index v) {
         if constexpr (WHOLE) return load<T, W>(from + v * W);
@@ -157,26 +168,28 @@ inline __attribute__((always_inline)) void tile(const Product<T> &p, const T *b,
     for (Index r = 0; r < MR; ++r)
 #pragma GCC unroll 8
         for (Index v = 0; v < NV; ++v) sum[r][v] = V{};
-    const T *a = p.a + i * p.a_row;
-    const Index a_row = p.a_row, a_column = p.a_column, every = p.ahead->every;
+    const T *d = part.more ? p.c : p.d;
+    const Index d_row = part.more ? p.c_row : p.d_row;
+    const T beta = part.more ? T(1) : p.beta;
     const char *ahead = p.ahead->at;
-    for (Index k = part.k0; k < part.k1; ++k) {
-        if (!(k & every)) __builtin_prefetch(ahead, 0, 2), ahead += 64;
-        V right[NV];
+    const Index every = p.ahead->every;
+    for (const Factors<T> &f : part.factors) {
+        const T *a = f.a + i * f.a_row, *b = f.b;
+        const Index a_row = f.a_row, a_column = f.a_column, b_row = f.b_row, depth = f.k;
+        for (Index k = 0; k < depth; ++k) {
+            if (!(k & every)) __builtin_prefetch(ahead, 0, 2), ahead += 64;
+            V right[NV];
 #pragma GCC unroll 8
-        for (Index v = 0; v < NV; ++v) right[v] = get(b + (k - part.k0) * b_row, v);
+            for (Index v = 0; v < NV; ++v) right[v] = get(b + k * b_row, v);
 #pragma GCC unroll 8
-        for (Index r = 0; r < MR; ++r) {
-            const T left = a[r * a_row + k * a_column];
+            for (Index r = 0; r < MR; ++r) {
+                const T left = a[r * a_row + k * a_column];
 #pragma GCC unroll 8
-            for (Index v = 0; v < NV; ++v) sum[r][v] += left * right[v];
+                for (Index v = 0; v < NV; ++v) sum[r][v] += left * right[v];
+            }
         }
     }
     p.ahead->at = ahead;
-    const bool more = part.k0 > 0;
-    const T *d = more ? p.c : p.d;
-    const Index d_row = more ? p.c_row : p.d_row;
-    const T beta = more ? T(1) : p.beta;
 #pragma GCC unroll 8
     for (Index r = 0; r < MR; ++r)
 #pragma GCC unroll 8
@@ -191,70 +204,82 @@ inline __attribute__((always_inline)) void tile(const Product<T> &p, const T *b,
 
 // All rows, in pieces of like height: 20 are 4 x 5, not 3 x 6 and 2.
 template <class T, Index W, Index NV, bool WHOLE>
-__attribute__((noinline)) void rows(const Product<T> &p, const T *b, Index b_row, Part part) {
+__attribute__((noinline)) void rows(const Product<T> &p, const Part<T> &part) {
     const Index pieces = (p.m + TALL - 1) / TALL;
     for (Index piece = 0; piece < pieces; ++piece) {
         const Index i = piece * p.m / pieces, height = (piece + 1) * p.m / pieces - i;
         switch (height) {
-            case 6: tile<T, W, NV, 6, WHOLE>(p, b, b_row, i, part); break;
-            case 5: tile<T, W, NV, 5, WHOLE>(p, b, b_row, i, part); break;
-            case 4: tile<T, W, NV, 4, WHOLE>(p, b, b_row, i, part); break;
-            case 3: tile<T, W, NV, 3, WHOLE>(p, b, b_row, i, part); break;
-            case 2: tile<T, W, NV, 2, WHOLE>(p, b, b_row, i, part); break;
-            default: tile<T, W, NV, 1, WHOLE>(p, b, b_row, i, part);
+            case 6: tile<T, W, NV, 6, WHOLE>(p, part, i); break;
+            case 5: tile<T, W, NV, 5, WHOLE>(p, part, i); break;
+            case 4: tile<T, W, NV, 4, WHOLE>(p, part, i); break;
+            case 3: tile<T, W, NV, 3, WHOLE>(p, part, i); break;
+            case 2: tile<T, W, NV, 2, WHOLE>(p, part, i); break;
+            default: tile<T, W, NV, 1, WHOLE>(p, part, i);
         }
     }
 }
 
 template <class T, Index W, bool WHOLE>
-inline void columns(const Product<T> &p, Index vectors, const T *b, Index b_row, Part part) {
+inline void columns(const Product<T> &p, const Part<T> &part, Index vectors) {
     if constexpr (WIDE == 4) {
-        if (vectors == 4) return rows<T, W, 4, WHOLE>(p, b, b_row, part);
-        if (vectors == 3) return rows<T, W, 3, WHOLE>(p, b, b_row, part);
+        if (vectors == 4) return rows<T, W, 4, WHOLE>(p, part);
+        if (vectors == 3) return rows<T, W, 3, WHOLE>(p, part);
     }
-    if (vectors == 2) return rows<T, W, 2, WHOLE>(p, b, b_row, part);
-    rows<T, W, 1, WHOLE>(p, b, b_row, part);
+    if (vectors == 2) return rows<T, W, 2, WHOLE>(p, part);
+    rows<T, W, 1, WHOLE>(p, part);
 }
 
-// What is left of the columns, in ever narrower vectors.
+// Columns of less than a vector, in ever narrower ones.
 template <class T, Index W>
-inline void narrow(const Product<T> &p, Index j, Index k0, Index k1) {
-    for (; j + W <= p.n; j += W) rows<T, W, 1, true>(p, p.b + k0 * p.b_row + j, p.b_row, Part{j, W, k0, k1});
-    if constexpr (W > 1) narrow<T, W / 2>(p, j, k0, k1);
+inline void narrow(const Product<T> &p, Part<T> part, Index count) {
+    for (; count >= W; count -= W, part.j += W) {
+        rows<T, W, 1, true>(p, part);
+        for (Factors<T> &f : part.factors) f.b += W;
+    }
+    if constexpr (W > 1) narrow<T, W / 2>(p, part, count);
 }
 
 template <class T>
 void with_rows(const Product<T> &p) {
     constexpr Index W = LANES<T>, width = WIDE * W;
-    alignas(64) T piece[DEEP * width];
-    Index k0 = 0;
+    alignas(64) T pieces[DEEP * width];
+    Index k = 0;
     do {
-        const Index k1 = std::min(p.k, k0 + DEEP);
+        // Second factors come only with a first that is one stretch.
+        Part<T> stretch{0, W, {p.first, p.second}, k > 0};
+        stretch.factors[0].a += k * p.first.a_column;
+        stretch.factors[0].b += k * p.first.b_row;
+        stretch.factors[0].k = std::min(p.first.k - k, DEEP);
         for (Index j = 0; j < p.n;) {
             const Index count = std::min(p.n - j, width), vectors = PARTS ? (count + W - 1) / W : count / W;
+            Part<T> part = stretch;
+            part.j = j;
+            T *piece = pieces;
+            for (Factors<T> &f : part.factors) {
+                f.b += j;
+                if (count < width || f.b_row <= width || p.m <= 2 * TALL || piece + f.k * width > pieces + DEEP * width)
+                    continue;
+                // Rows far apart fall on the same few lines of the first cache: a copy of them does not.
+                for (Index row = 0; row < f.k; ++row)
+                    for (Index v = 0; v < WIDE; ++v)
+                        store<T, W>(piece + row * width + v * W, load<T, W>(f.b + row * f.b_row + v * W));
+                f.b = piece, f.b_row = width, piece += f.k * width;
+            }
             if (!vectors) {
-                narrow<T, (PARTS ? 1 : W / 2)>(p, j, k0, k1);
+                narrow<T, (PARTS ? 1 : W / 2)>(p, part, count);
                 break;
             }
-            const T *b = p.b + k0 * p.b_row + j;
-            Index b_row = p.b_row;
-            if (b_row > width && p.m > 2 * TALL && count == width) {
-                // Rows far apart fall on the same few lines of the first cache, often all of them.
-                for (Index k = 0; k < k1 - k0; ++k)
-                    for (Index v = 0; v < WIDE; ++v)
-                        store<T, W>(piece + k * width + v * W, load<T, W>(b + k * b_row + v * W));
-                b = piece, b_row = width;
-            }
             if (PARTS && count % W) {
-                if constexpr (PARTS) columns<T, W, false>(p, vectors, b, b_row, Part{j, count % W, k0, k1});
+                part.lanes = count % W;
+                if constexpr (PARTS) columns<T, W, false>(p, part, vectors);
                 j += count;
             } else {
-                columns<T, W, true>(p, vectors, b, b_row, Part{j, W, k0, k1});
+                columns<T, W, true>(p, part, vectors);
                 j += vectors * W;
             }
         }
-        k0 = k1;
-    } while (k0 < p.k);
+        k += DEEP;
+    } while (k < p.first.k);
 }
 
 // A tile of products of rows with rows, both in one piece along the inner axis.
@@ -267,15 +292,15 @@ inline __attribute__((always_inline)) void dot_tile(const Product<T> &p, Index i
     for (Index r = 0; r < MR; ++r)
 #pragma GCC unroll 8
         for (Index s = 0; s < NR; ++s) sum[r][s] = V{};
-    const T *a = p.a + i * p.a_row, *b = p.b + j * p.b_column;
+    const T *a = p.first.a + i * p.first.a_row, *b = p.first.b + j * p.first.b_column;
     Index k = 0;
-    for (; k + W <= p.k; k += W) {
+    for (; k + W <= p.first.k; k += W) {
         V right[NR];
 #pragma GCC unroll 8
-        for (Index s = 0; s < NR; ++s) right[s] = *reinterpret_cast<const V *>(b + s * p.b_column + k);
+        for (Index s = 0; s < NR; ++s) right[s] = *reinterpret_cast<const V *>(b + s * p.first.b_column + k);
 #pragma GCC unroll 8
         for (Index r = 0; r < MR; ++r) {
-            const V left = *reinterpret_cast<const V *>(a + r * p.a_row + k);
+            const V left = *reinterpret_cast<const V *>(a + r * p.first.a_row + k);
 #pragma GCC unroll 8
             for (Index s = 0; s < NR; ++s) sum[r][s] += left * right[s];
         }
@@ -286,7 +311,7 @@ inline __attribute__((always_inline)) void dot_tile(const Product<T> &p, Index i
         for (Index s = 0; s < NR; ++s) {
             T total = 0;
             for (Index lane = 0; lane < W; ++lane) total += sum[r][s][lane];
-            for (Index rest = k; rest < p.k; ++rest) total += a[r * p.a_row + rest] * b[s * p.b_column + rest];
+            for (Index rest = k; rest < p.first.k; ++rest) total += a[r * p.first.a_row + rest] * b[s * p.first.b_column + rest];
             total *= p.alpha;
             if (p.d) total += p.beta * p.d[(i + r) * p.d_row + (j + s) * p.d_column];
             p.c[(i + r) * p.c_row + (j + s) * p.c_column] = total;
@@ -311,8 +336,8 @@ void at_any_strides(const Product<T> &p) {
     for (Index i = 0; i < p.m; ++i)
         for (Index j = 0; j < p.n; ++j) {
             T total = 0;
-            for (Index k = 0; k < p.k; ++k)
-                total += p.a[i * p.a_row + k * p.a_column] * p.b[k * p.b_row + j * p.b_column];
+            for (Index k = 0; k < p.first.k; ++k)
+                total += p.first.a[i * p.first.a_row + k * p.first.a_column] * p.first.b[k * p.first.b_row + j * p.first.b_column];
             total *= p.alpha;
             if (p.d) total += p.beta * p.d[i * p.d_row + j * p.d_column];
             p.c[i * p.c_row + j * p.c_column] = total;
@@ -321,9 +346,9 @@ void at_any_strides(const Product<T> &p) {
 
 template <class T>
 void product(const Product<T> &p) {
-    const bool rows_in_one = p.c_column == 1 && (!p.d || p.d_column == 1 || p.n == 1);
-    if ((p.b_column == 1 || p.n == 1) && (rows_in_one || p.n == 1)) with_rows(p);
-    else if (p.a_column == 1 && p.b_row == 1) rows_with_rows(p);
+    const bool one_column = p.n == 1, c_in_rows = p.c_column == 1 && (!p.d || p.d_column == 1);
+    if (one_column || (p.first.b_column == 1 && c_in_rows)) with_rows(p);
+    else if (p.first.a_column == 1 && p.first.b_row == 1) rows_with_rows(p);
     else at_any_strides(p);
 }
 
@@ -569,16 +594,23 @@ void loss_curvature(const Operation &op, T *const *p, T delta) {
 // ---- the program ----
 
 template <class T>
+Factors<T> factors(const Operation &op, T *const *p) {
+    const Place &a = op.at[1], &b = op.at[2];
+    return {p[1], a.stride[0], a.stride[1], p[2], b.stride[0], b.stride[1], op.size[2]};
+}
+
+template <class T>
 void run(const Operation &op, T *const *p, const double *rates, Ahead *ahead) {
     const T alpha = T(op.alpha * (op.alpha_rate < 0 ? 1.0 : rates[op.alpha_rate]));
     const T beta = T(op.beta * (op.beta_rate < 0 ? 1.0 : rates[op.beta_rate]));
     const Place *at = op.at;
     switch (op.kind) {
-        case PRODUCT:
-            return product(Product<T>{op.size[0], op.size[1], op.size[2], p[1], at[1].stride[0], at[1].stride[1], p[2],
-                                      at[2].stride[0], at[2].stride[1], at[3].base < 0 ? nullptr : p[3],
-                                      at[3].stride[0], at[3].stride[1], p[0], at[0].stride[0], at[0].stride[1], alpha,
-                                      beta, ahead});
+        case PRODUCT: {
+            Product<T> of{op.size[0], op.size[1], factors(op, p), Factors<T>{}, op.at[3].base < 0 ? nullptr : p[3],
+                          at[3].stride[0], at[3].stride[1], p[0], at[0].stride[0], at[0].stride[1], alpha, beta, ahead};
+            if (op.variant) of.second = factors(*(&op + 1), p + 4);
+            return product(of);
+        }
         case MULTIPLY: return elementwise<2>(op, p, [](T a, T b) { return a * b; });
         case ADD: return elementwise<2>(op, p, [alpha](T a, T b) { return a + alpha * b; });
         case ADD_PRODUCT: return elementwise<3>(op, p, [alpha](T a, T b, T c) { return a + alpha * b * c; });
@@ -653,6 +685,12 @@ struct Call {
 };
 
 template <class T>
+inline void find(const Operation &op, const std::vector<T *> &start, T **p) {
+    for (int x = 0; x < 4; ++x)
+        if (op.at[x].base >= 0) p[x] = start[op.at[x].base] + op.at[x].offset;
+}
+
+template <class T>
 void some_tasks(const Call<T> &call, T *arena, Index first, Index last) {
     std::vector<T *> start(call.places);
     std::vector<Index> own;  // bases of which every task has a part
@@ -676,9 +714,9 @@ void some_tasks(const Call<T> &call, T *arena, Index first, Index last) {
                 }
             }
             const Operation &op = call.program[i];
-            T *p[4] = {};
-            for (int x = 0; x < 4; ++x)
-                if (op.at[x].base >= 0) p[x] = start[op.at[x].base] + op.at[x].offset;
+            T *p[8] = {};
+            find(op, start, p);
+            if (op.kind == PRODUCT && op.variant) find(call.program[++i], start, p + 4);
             run(op, p, call.rates, &ahead);
         }
     }

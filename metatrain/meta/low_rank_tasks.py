@@ -81,7 +81,7 @@ def by_tasks(problem: Problem, translations: Translations, sizes: Sizes, given: 
     gradients = translation.run(
         library,
         a_task,
-        [value.detach().contiguous() for value in given.values],
+        [value.contiguous() for value in given.values],
         given.rates.flatten().tolist(),
         torch.get_num_threads(),
     )

@@ -78,6 +78,17 @@ class CannotTranslate(ValueError):  # noqa: N818 - not a failure: the reason for
     """The kernels do not have what a program does; the text says what."""
 
 
+def _adds_to(product: OPERATION, last: OPERATION) -> bool:
+    """Whether a product is added to the result of the one before it in a way that the kernels can take together."""
+    one, other = bytes(last.at[0]), bytes(product.at[0])
+    same = one == other == bytes(product.at[3]) and list(last.size[:2]) == list(product.size[:2])
+    factors = (last.alpha, last.alpha_rate) == (product.alpha, product.alpha_rate)
+    beta = product.beta == 1 and product.beta_rate < 0
+    rows = all(op.at[2].stride[1] == 1 for op in (last, product))
+    columns = last.at[0].stride[1] == 1 and (last.at[3].base < 0 or last.at[3].stride[1] == 1)
+    return same and factors and beta and rows and columns and last.size[2] + product.size[2] <= _DEEP
+
+
 class Translation:
     """Programs of one task, as the kernels read them.
 
@@ -118,9 +129,9 @@ class Translation:
                     self._losses[loss.curvature] = (_LOSS_CURVATURE, _LOSSES[loss.name], loss.delta)
         self._arena = 0  # its length in numbers
         self._places: dict[int, tuple[int, int]] = {}  # a buffer's storage → base, and where in it that begins
-        self._sums: list[tuple[int, torch.Size]] = []
+        self._sums: list[tuple[int, torch.Size, tuple[int, ...]]] = []
         for buffer in summed:
-            self._sums.append((self._arena, buffer.shape))
+            self._sums.append((self._arena, buffer.shape, buffer.stride()))
             self._place(buffer, 0, self._room(buffer.numel()))
         self._summed = self._arena
         self._shared = range(1 + len(a_task), 1 + len(a_task) + len(shared))
@@ -339,7 +350,13 @@ class Translation:
         (m, k), n = a.shape, b.shape[1]
         added = _NOWHERE if d is None or beta == 0 else self._at(d.expand(m, n))
         right = self._in_rows(b) if n > 1 and k > 1 and b.stride(1) != 1 and self._transposes(a, b) else self._at(b)
-        self._append(_PRODUCT, [m, n, k], [self._at(out), self._at(a), right, added], alpha, beta)
+        places = [self._at(out), self._at(a), right, added]
+        # One product after another onto the same result is taken with it, where both are of rows in one piece.
+        last = self._found[-1] if self._found else None
+        self._append(_PRODUCT, [m, n, k], places, alpha, beta)
+        now = self._found[-1]
+        if last is not None and last.kind == _PRODUCT and not last.variant and _adds_to(now, last):
+            last.variant = 1
         self._wrote(out)
 
     def _transposes(self, a: Tensor, b: Tensor) -> bool:
@@ -408,4 +425,4 @@ class Translation:
             sums.data_ptr(),
             self._summed,
         )
-        return [sums[start : start + shape.numel()].view(shape) for start, shape in self._sums]
+        return [sums.as_strided(shape, strides, start) for start, shape, strides in self._sums]
