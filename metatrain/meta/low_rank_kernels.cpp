@@ -49,6 +49,7 @@ constexpr Index BYTES = 32, WIDE = 2;
 constexpr Index BYTES = 16, WIDE = 2;
 #endif
 constexpr Index TALL = 6;    // rows of a product's tile: TALL x WIDE sums fill the registers
+constexpr Index DOT_TALL = WIDE == 4 ? 5 : 2;  // the same of products of rows with rows: DOT_TALL x 4
 constexpr Index DEEP = 128;  // of a product's inner axis at a time: that much of the right side stays in the first cache
 
 template <class T>
@@ -163,14 +164,14 @@ inline __attribute__((always_inline)) void tile(const Product<T> &p, const Part<
         if constexpr (WHOLE) return load<T, W>(from + v * W);
         else return v + 1 < NV ? load<T, W>(from + v * W) : load_part(from + v * W, part.lanes);
     };
+    const T *d = part.more ? p.c : p.d;
+    const Index d_row = part.more ? p.c_row : p.d_row;
+    const T beta = part.more ? T(1) : p.beta;
     V sum[MR][NV];
 #pragma GCC unroll 8
     for (Index r = 0; r < MR; ++r)
 #pragma GCC unroll 8
         for (Index v = 0; v < NV; ++v) sum[r][v] = V{};
-    const T *d = part.more ? p.c : p.d;
-    const Index d_row = part.more ? p.c_row : p.d_row;
-    const T beta = part.more ? T(1) : p.beta;
     const char *ahead = p.ahead->at;
     const Index every = p.ahead->every;
     for (const Factors<T> &f : part.factors) {
@@ -318,17 +319,26 @@ inline __attribute__((always_inline)) void dot_tile(const Product<T> &p, Index i
         }
 }
 
+template <class T, Index MR>
+inline void dot_rows(const Product<T> &p, Index i) {
+    Index j = 0;
+    for (; j + 4 <= p.n; j += 4) dot_tile<T, MR, 4>(p, i, j);
+    for (; j < p.n; ++j) dot_tile<T, MR, 1>(p, i, j);
+}
+
 template <class T>
 void rows_with_rows(const Product<T> &p) {
-    Index i = 0;
-    for (; i < p.m; i += (p.m - i >= 4 ? 4 : 1))
-        for (Index j = 0; j < p.n;) {
-            const bool tall = p.m - i >= 4, wide = p.n - j >= 4;
-            if (tall && wide) dot_tile<T, 4, 4>(p, i, j), j += 4;
-            else if (tall) dot_tile<T, 4, 1>(p, i, j), j += 1;
-            else if (wide) dot_tile<T, 1, 4>(p, i, j), j += 4;
-            else dot_tile<T, 1, 1>(p, i, j), j += 1;
+    const Index pieces = (p.m + DOT_TALL - 1) / DOT_TALL;
+    for (Index piece = 0; piece < pieces; ++piece) {
+        const Index i = piece * p.m / pieces, height = (piece + 1) * p.m / pieces - i;
+        switch (height) {
+            case 5: dot_rows<T, 5>(p, i); break;
+            case 4: dot_rows<T, 4>(p, i); break;
+            case 3: dot_rows<T, 3>(p, i); break;
+            case 2: dot_rows<T, 2>(p, i); break;
+            default: dot_rows<T, 1>(p, i);
         }
+    }
 }
 
 template <class T>
