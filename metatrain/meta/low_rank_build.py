@@ -55,8 +55,8 @@ def _loaded(number: str) -> ctypes.CDLL | None:
     by = compiler()
     if by is None:
         _log.warning(
-            "no C++ compiler is here (c++, g++ or clang++): the low-rank inner loop runs by torch, at a third to two "
-            "thirds of the speed; install one, or set CXX to it (METATRAIN_KERNELS=0: not to look)"
+            "no C++ compiler is here (c++, g++ or clang++): the low-rank inner loop runs by torch, at a quarter to "
+            "a half of the speed; install one, or set CXX to it (METATRAIN_KERNELS=0: not to look)"
         )
         return None
     try:
@@ -64,7 +64,7 @@ def _loaded(number: str) -> ctypes.CDLL | None:
     except (OSError, subprocess.SubprocessError, AttributeError) as error:
         output = getattr(error, "stderr", None) or str(error)
         _log.warning(
-            "the low-rank kernels could not be built by %s, so the inner loop runs by torch, at a third to two thirds "
+            "the low-rank kernels could not be built by %s, so the inner loop runs by torch, at a quarter to a half "
             "of the speed (METATRAIN_KERNELS=0: not to try): %s",
             by,
             output.strip()[-2000:],

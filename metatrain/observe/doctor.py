@@ -30,7 +30,13 @@ GIB = 2**30
 FLAVOURS = {"fbgemm-gpu": "gpu", "fbgemm-gpu-cpu": "cpu"}
 _AGAIN = "In a clone: `rm -rf .venv`, then `make setup`. Elsewhere: see Installation in README.md."
 
+_NO_KERNELS = "MAML's inner loop goes by torch on CPUs, a few times slower: install a C++ compiler (g++ or clang++)."
 _TRY_TABLES = "import fbgemm_gpu, torchrec"
+_TRY_KERNELS = """
+import sys, torch
+from metatrain.meta.low_rank_build import kernels
+sys.exit(kernels(torch.float32, torch.device("cpu")) is None)
+"""
 _TRY_RAY = """
 import ray
 from metatrain.local_ray import local_ray
@@ -89,8 +95,8 @@ def examine(folder: str = ".", try_ray: bool = True) -> Report:
         folder: Where runs and datasets would be written: its disk is looked at.
         try_ray: Whether to start Ray for a moment (5 to 20 seconds), which alone proves that it can.
     """
-    # Started first: both take seconds, in which the rest is looked at.
-    tables = _start(_TRY_TABLES)
+    # Started first: they take seconds, in which the rest is looked at.
+    tables, kernels = _start(_TRY_TABLES), _start(_TRY_KERNELS)
     ray = _start(_TRY_RAY) if try_ray else None
     versions = installed(("torch", "torchrec", *FLAVOURS, "ray"))
     driver = has_nvidia_driver()
@@ -108,6 +114,7 @@ def examine(folder: str = ".", try_ray: bool = True) -> Report:
         shared_memory_check(Path("/dev/shm")),
         descriptor_check(*resource.getrlimit(resource.RLIMIT_NOFILE)),
         _ended(tables, "FBGEMM and TorchRec", "both import", _AGAIN, seconds=120),
+        _ended(kernels, "inner-loop kernels", "built for this processor", _NO_KERNELS, seconds=180, bad=Status.WARN),
     ]
     if ray is not None:
         remedy = "See the last lines of /tmp/ray/session_latest/logs/; often no room in /dev/shm or in /tmp."
@@ -280,14 +287,16 @@ def _start(code: str) -> subprocess.Popen[str]:
     )
 
 
-def _ended(process: subprocess.Popen[str], name: str, well: str, remedy: str, seconds: float) -> Check:
+def _ended(
+    process: subprocess.Popen[str], name: str, well: str, remedy: str, seconds: float, bad: Status = Status.FAIL
+) -> Check:
     try:
         _, errors = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-        return Check(name, f"no answer after {seconds:g} seconds", Status.FAIL, remedy)
+        return Check(name, f"no answer after {seconds:g} seconds", bad, remedy)
     if process.returncode == 0:
         return Check(name, well)
     last = next((line for line in reversed(errors.splitlines()) if line.strip()), "no message")
-    return Check(name, f"status {process.returncode}: {last.strip()[:300]}", Status.FAIL, remedy)
+    return Check(name, f"status {process.returncode}: {last.strip()[:300]}", bad, remedy)

@@ -149,6 +149,15 @@ def test_broken_import_becomes_a_failed_check(monkeypatch: pytest.MonkeyPatch):
     assert "libcuda.so.1" in failed.value
 
 
+def test_a_machine_without_a_compiler_is_noted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    report = doctor.examine(try_ray=False)
+    assert report.healthy
+    [noted] = [check for check in report.checks if check.name == "inner-loop kernels"]
+    assert noted.status is Status.WARN
+    assert "no C++ compiler" in noted.value
+
+
 def test_hanging_trial_is_ended():
     process = doctor._start("import time; time.sleep(60)")
     check = doctor._ended(process, "Ray starts here", "well", "remedy", seconds=0.2)
