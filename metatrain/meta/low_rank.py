@@ -37,10 +37,11 @@ one product at the end, d_W₀ = d_hₒᵀ x; d_x = d_hₒ W₀ + (d_G + d_Gᵀ)
 by Pᵀ. In first order the support's part is constant: only d_α and d_β are taken. Where layers are normalised, f is of
 what the normalisation makes of h, and `low_rank_norm` has its part.
 
-**Memory.** Gradients are taken chunk by chunk in the forward pass, in buffers kept between calls (some megabytes an
-engine and thread, see `memory.low_rank_bytes`): fresh large tensors cost more in page faults than the arithmetic they
-hold. Of a step, outputs, slopes, gradients and the weights above the first layer are kept: a chunk of many steps has
-fewer tasks, and steps are never computed again.
+**Memory.** Gradients are taken in the forward pass, while what they need is in cache, in buffers kept between calls
+(fresh large tensors cost more in page faults than the arithmetic they hold): on CPUs task by task by kernels of our
+own, which hold one task's buffers a thread (`low_rank_tasks`); elsewhere chunk by chunk by torch, some megabytes an
+engine and thread (`memory.low_rank_bytes`). Of a step, outputs, slopes, gradients and the weights above the first layer
+are kept: a chunk of many steps has fewer tasks, and steps are never computed again.
 """
 
 from __future__ import annotations
