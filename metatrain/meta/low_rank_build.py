@@ -8,12 +8,14 @@ kernels, and the log says so once: `low_rank` then runs by torch, with the same 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -44,10 +46,11 @@ def kernels(dtype: torch.dtype, device: torch.device) -> ctypes.CDLL | None:
     return _loaded(_NUMBERS[dtype])
 
 
-def compiler() -> str | None:
+def compiler() -> list[str] | None:
     """The C++ compiler that kernels are built by: CXX, or the first of c++, g++ and clang++ that is there."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    return next((found for name in names if (found := shutil.which(name))), None)
+    asked = shlex.split(os.environ.get("CXX", ""))
+    commands = [asked] if asked else [["c++"], ["g++"], ["clang++"]]
+    return next((command for command in commands if shutil.which(command[0])), None)
 
 
 @functools.cache
@@ -55,59 +58,66 @@ def _loaded(number: str) -> ctypes.CDLL | None:
     by = compiler()
     if by is None:
         _log.warning(
-            "no C++ compiler is here (c++, g++ or clang++): the low-rank inner loop runs by torch, at a quarter to "
-            "a half of the speed; install one, or set CXX to it (METATRAIN_KERNELS=0: not to look)"
+            "no C++ compiler is here (%s): the low-rank inner loop runs by torch, at a quarter to a half of the speed; "
+            "install one, or set CXX to it (METATRAIN_KERNELS=0: not to look)",
+            os.environ.get("CXX") or "c++, g++ or clang++",
         )
         return None
     try:
         return _library(by, number)
-    except (OSError, subprocess.SubprocessError, AttributeError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError, AttributeError) as error:
         output = getattr(error, "stderr", None) or str(error)
         _log.warning(
             "the low-rank kernels could not be built by %s, so the inner loop runs by torch, at a quarter to a half "
             "of the speed (METATRAIN_KERNELS=0: not to try): %s",
-            by,
+            shlex.join(by),
             output.strip()[-2000:],
         )
         return None
 
 
-def _library(by: str, number: str) -> ctypes.CDLL:
+def _library(by: list[str], number: str) -> ctypes.CDLL:
     flags = [*_FLAGS, *_for_this_processor(), f"-DNUMBER={number}"]
-    version = subprocess.run([by, "--version"], capture_output=True, text=True, timeout=_PATIENCE, check=True).stdout
-    of = "\n".join([_SOURCE.read_text(), *flags, version, _features()])
-    name = f"low_rank_{number}_{hashlib.sha256(of.encode()).hexdigest()[:16]}.so"
-    place = _folder() / name
-    if not place.exists():
-        start = time.monotonic()
-        with tempfile.TemporaryDirectory(dir=place.parent) as folder:
-            made = Path(folder) / name
-            vectors = ["-lmvec"] if (platform.machine(), platform.libc_ver()[0]) == ("x86_64", "glibc") else []
-            command = [by, *flags, "-o", str(made), str(_SOURCE), *vectors, "-lm"]
-            subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, check=True)
-            made.replace(place)
-        _log.info("low-rank kernels built by %s in %.1f s: %s", by, time.monotonic() - start, place)
+    of = "\n".join([*flags, _output([*by, "--version"]), _features()])
+    name = f"low_rank_{number}_{hashlib.sha256(_SOURCE.read_bytes() + of.encode()).hexdigest()[:16]}.so"
+    place = Path(os.environ.get("METATRAIN_CACHE") or Path.home() / ".cache" / "metatrain") / "kernels" / name
+    if place.exists():
+        with contextlib.suppress(OSError):  # cut short, or of another system's libraries: built again
+            return _open(place)
+    with tempfile.TemporaryDirectory(prefix="metatrain-kernels-") as folder:
+        made, start = Path(folder) / name, time.monotonic()
+        vectors = ["-lmvec"] if (platform.machine(), platform.libc_ver()[0]) == ("x86_64", "glibc") else []
+        _output([*by, *flags, "-o", str(made), str(_SOURCE), *vectors, "-lm"])
+        library = _open(made)  # whose file may go: it is mapped
+        _log.info("low-rank kernels built by %s in %.1f s", shlex.join(by), time.monotonic() - start)
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            # Under a name of its own first: others may build, or read, at the same time.
+            with tempfile.NamedTemporaryFile(dir=place.parent, delete=False) as copy:
+                copy.write(made.read_bytes())
+            Path(copy.name).chmod(0o755)
+            Path(copy.name).replace(place)
+        except OSError as error:
+            _log.info("they are not kept for other processes: %s", error)
+    return library
+
+
+def _output(command: list[str]) -> str:
+    options = {"capture_output": True, "encoding": "utf-8", "errors": "replace", "timeout": _PATIENCE, "check": True}
+    return subprocess.run(command, **options).stdout
+
+
+def _open(place: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(place))
     library.metatrain_operation_bytes.restype = ctypes.c_int64
     if library.metatrain_operation_bytes() != ctypes.sizeof(OPERATION):
-        raise OSError(f"{place} is of another layout; remove it")
+        raise OSError(f"{place} is of another layout")
     pointer, count = ctypes.c_void_p, ctypes.c_int64
     library.metatrain_run.argtypes = [
         ctypes.POINTER(OPERATION), count, ctypes.POINTER(BASE), count, pointer, count, count, count, pointer, count,
     ]  # fmt: skip
-    library.metatrain_run.restype = None
+    library.metatrain_run.restype = count
     return library
-
-
-def _folder() -> Path:
-    folder = Path(os.environ.get("METATRAIN_CACHE") or Path.home() / ".cache" / "metatrain") / "kernels"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError:
-        # For this process alone.
-        return Path(tempfile.mkdtemp(prefix="metatrain-kernels-"))
 
 
 def _for_this_processor() -> list[str]:

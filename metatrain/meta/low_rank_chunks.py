@@ -77,7 +77,7 @@ def by_chunks(problem: Problem, recordings: Recordings, sizes: Sizes, given: Giv
     # One transfer for all rates: as Python numbers they go into the products for free.
     steps = [dict(zip(problem.rate_names, row, strict=True)) for row in given.rates.tolist()]
     ws = recordings.workspace(inputs[0])
-    key = (problem.form, problem.names, sizes, ws)
+    key = (problem.form, problem.names, problem.rate_names, sizes, ws)
     recorded = recordings.get(key, ws.generation)
     chunk: Chunk | None = None
     windows: list[Window] = []

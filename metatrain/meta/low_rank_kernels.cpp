@@ -1,4 +1,4 @@
-// Runs a recorded low-rank program task by task: low_rank_native.py has translated it to the operations below.
+// Runs a recorded low-rank program task by task: low_rank_translate.py has translated it to the operations below.
 //
 // One task's intermediate results are some hundred kilobytes, so they stay in a core's cache from the first operation to
 // the last; torch, which runs each operation over a chunk of tasks, reads and writes them from memory. A thread takes a
@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
+#include <exception>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -56,9 +57,22 @@ template <class T>
 constexpr Index LANES = BYTES / Index(sizeof(T));
 
 template <class T, Index W>
-using Vector __attribute__((vector_size(W * sizeof(T)), aligned(sizeof(T)), may_alias)) = T;
+using Vector __attribute__((vector_size(W * sizeof(T)))) = T;
 
-// ---- what Python hands over: keep in step with low_rank_native.py ----
+// From and to any address. By copies: Clang takes no alignment from an alias.
+template <class T, Index W>
+inline Vector<T, W> load(const T *from) {
+    Vector<T, W> value;
+    __builtin_memcpy(&value, from, sizeof value);
+    return value;
+}
+
+template <class T, Index W>
+inline void store(T *to, Vector<T, W> value) {
+    __builtin_memcpy(to, &value, sizeof value);
+}
+
+// ---- what Python hands over: keep in step with low_rank_translate.py ----
 
 enum Kind : Index {
     PRODUCT, MULTIPLY, ADD, ADD_PRODUCT, SCALE, ADD_NUMBER, RSQRT, SUM, DOT, ACTIVATE, LOSS_SLOPE, LOSS_CURVATURE
@@ -71,7 +85,8 @@ struct Place {
 };
 
 struct Operation {
-    Index kind, variant;  // of a product, 1: the next operation is one more product, added to this one's
+    Index kind;
+    Index variant;  // which activation or loss; of a product, 1: the next one is added to it, and taken with it
     Index alpha_rate, beta_rate;  // which of the rates multiplies the factor beside it; negative: none
     double alpha, beta;
     Index size[3];
@@ -88,8 +103,8 @@ struct Base {
 // They come from memory, where a core waits for each line some hundred times as long as it computes with it. Products
 // ask for them, a line every few rounds of their inner loop.
 struct Ahead {
-    const char *at = nullptr;
-    Index every = -1;  // a mask of rounds: -1 for none but the first
+    const char *at;
+    Index every;  // a mask of rounds: -1 for none but the first
 };
 
 // ---- products ----
@@ -115,16 +130,6 @@ struct Product {
     T alpha, beta;
     Ahead *ahead;
 };
-
-template <class T, Index W>
-inline Vector<T, W> load(const T *from) {
-    return *reinterpret_cast<const Vector<T, W> *>(from);
-}
-
-template <class T, Index W>
-inline void store(T *to, Vector<T, W> value) {
-    *reinterpret_cast<Vector<T, W> *>(to) = value;
-}
 
 #if defined(__AVX512F__)
 // The first so many lanes: the others are 0, and are not written.
@@ -298,10 +303,10 @@ inline __attribute__((always_inline)) void dot_tile(const Product<T> &p, Index i
     for (; k + W <= p.first.k; k += W) {
         V right[NR];
 #pragma GCC unroll 8
-        for (Index s = 0; s < NR; ++s) right[s] = *reinterpret_cast<const V *>(b + s * p.first.b_column + k);
+        for (Index s = 0; s < NR; ++s) right[s] = load<T, W>(b + s * p.first.b_column + k);
 #pragma GCC unroll 8
         for (Index r = 0; r < MR; ++r) {
-            const V left = *reinterpret_cast<const V *>(a + r * p.first.a_row + k);
+            const V left = load<T, W>(a + r * p.first.a_row + k);
 #pragma GCC unroll 8
             for (Index s = 0; s < NR; ++s) sum[r][s] += left * right[s];
         }
@@ -377,7 +382,7 @@ inline void transpose_square(const T *from, Index from_row, T *to, Index to_row)
     }
     V row[W], next[W];
 #pragma GCC unroll 16
-    for (Index r = 0; r < W; ++r) row[r] = *reinterpret_cast<const V *>(from + r * from_row);
+    for (Index r = 0; r < W; ++r) row[r] = load<T, W>(from + r * from_row);
 #pragma GCC unroll 4
     for (Index round = 1; round < W; round *= 2) {
 #pragma GCC unroll 16
@@ -396,7 +401,7 @@ inline void transpose_square(const T *from, Index from_row, T *to, Index to_row)
         for (Index r = 0; r < W; ++r) row[r] = next[r];
     }
 #pragma GCC unroll 16
-    for (Index r = 0; r < W; ++r) *reinterpret_cast<V *>(to + r * to_row) = row[r];
+    for (Index r = 0; r < W; ++r) store<T, W>(to + r * to_row, row[r]);
 }
 
 // to[i, j] = from[i, j], [m, n], where rows of `to` and columns of `from` are in one piece.
@@ -625,7 +630,7 @@ void run(const Operation &op, T *const *p, const double *rates, Ahead *ahead) {
         case ADD: return elementwise<2>(op, p, [alpha](T a, T b) { return a + alpha * b; });
         case ADD_PRODUCT: return elementwise<3>(op, p, [alpha](T a, T b, T c) { return a + alpha * b * c; });
         case SCALE:
-            if (alpha == 0) return elementwise<1>(op, p, [](T) { return T(0); });  // whatever was there
+            if (op.alpha == 0) return elementwise<1>(op, p, [](T) { return T(0); });  // whatever was there: not a rate of 0
             if (alpha == 1 && at[0].stride[2] == 1 && at[1].stride[1] == 1 && at[1].stride[2] > 1 && op.size[0] == 1)
                 return transpose(p[1], at[1].stride[2], p[0], at[0].stride[1], op.size[1], op.size[2]);
             return elementwise<1>(op, p, [alpha](T a) { return alpha * a; });
@@ -691,7 +696,17 @@ struct Call {
     const Base *bases;
     Index places;
     const double *rates;
-    Index every;  // rounds of products' inner loops to a line of the next task's inputs
+    std::vector<Index> inputs;  // bases of which every task has a part
+    Index every;                // rounds of products' inner loops to a line of the next task's inputs
+};
+
+// What one thread has: all that it needs is there before it begins.
+template <class T>
+struct Lane {
+    Arenas::Arena held;
+    T *arena;
+    std::vector<T *> start;  // of each base, for the task at hand
+    Index first, last;       // tasks
 };
 
 template <class T>
@@ -701,32 +716,28 @@ inline void find(const Operation &op, const std::vector<T *> &start, T **p) {
 }
 
 template <class T>
-void some_tasks(const Call<T> &call, T *arena, Index first, Index last) {
-    std::vector<T *> start(call.places);
-    std::vector<Index> own;  // bases of which every task has a part
-    for (Index i = 0; i < call.places; ++i)
-        if (call.bases[i].a_task) own.push_back(i);
-    for (Index task = first; task < last; ++task) {
+void take(const Call<T> &call, Lane<T> &lane) noexcept {
+    for (Index task = lane.first; task < lane.last; ++task) {
         for (Index i = 0; i < call.places; ++i)
-            start[i] = static_cast<T *>(call.bases[i].start) + task * call.bases[i].a_task;
-        start[0] = arena;
-        Ahead ahead;
-        const char *end = nullptr;
-        std::size_t next = task + 1 < last ? 0 : own.size();
+            lane.start[i] = static_cast<T *>(call.bases[i].start) + task * call.bases[i].a_task;
+        lane.start[0] = lane.arena;
+        Ahead ahead{reinterpret_cast<const char *>(lane.arena), -1};
+        const char *end = ahead.at;
+        std::size_t next = task + 1 < lane.last ? 0 : call.inputs.size();
         for (Index i = 0; i < call.operations; ++i) {
             if (ahead.at >= end) {
-                const bool more = next < own.size();
+                const bool more = next < call.inputs.size();
                 ahead.every = more ? call.every - 1 : -1;
                 if (more) {
-                    const Index base = own[next++];
-                    ahead.at = reinterpret_cast<const char *>(start[base] + call.bases[base].a_task);
-                    end = ahead.at + call.bases[base].a_task * Index(sizeof(T));
+                    const Index base = call.inputs[next++], numbers = call.bases[base].a_task;
+                    ahead.at = reinterpret_cast<const char *>(lane.start[base] + numbers);
+                    end = ahead.at + numbers * Index(sizeof(T));
                 }
             }
             const Operation &op = call.program[i];
             T *p[8] = {};
-            find(op, start, p);
-            if (op.kind == PRODUCT && op.variant) find(call.program[++i], start, p + 4);
+            find(op, lane.start, p);
+            if (op.kind == PRODUCT && op.variant) find(call.program[++i], lane.start, p + 4);
             run(op, p, call.rates, &ahead);
         }
     }
@@ -736,32 +747,37 @@ template <class T>
 void all_tasks(const Operation *program, Index operations, const Base *bases, Index places, const double *rates,
                Index tasks, Index threads, Index length, T *sums, Index summed) {
     constexpr Index width = WIDE * LANES<T>;
+    Call<T> call{program, operations, bases, places, rates, {}, 1};
     Index rounds = 0, lines = 0;
     for (const Operation *op = program; op != program + operations; ++op)
         if (op->kind == PRODUCT)
             rounds += (op->size[0] + TALL - 1) / TALL * ((op->size[1] + width - 1) / width) * op->size[2];
-    for (Index i = 0; i < places; ++i) lines += bases[i].a_task * Index(sizeof(T)) / 64;
-    Call<T> call{program, operations, bases, places, rates, 1};
+    for (Index i = 0; i < places; ++i)
+        if (bases[i].a_task) call.inputs.push_back(i), lines += bases[i].a_task * Index(sizeof(T)) / 64;
     while (call.every < 64 && 2 * call.every * lines < rounds) call.every *= 2;
 
-    std::vector<Arenas::Arena> held;
-    std::vector<T *> start;
-    for (Index thread = 0; thread < threads; ++thread) {
-        held.push_back(arenas.take(std::size_t(length) * sizeof(T)));
-        start.push_back(static_cast<T *>(held.back().first.get()));
-        std::fill(start[thread], start[thread] + summed, T(0));
+    std::vector<Lane<T>> lanes;
+    for (Index i = 0; i < threads; ++i) {
+        lanes.push_back({arenas.take(std::size_t(length) * sizeof(T)), nullptr, std::vector<T *>(places),
+                         i * tasks / threads, (i + 1) * tasks / threads});
+        lanes.back().arena = static_cast<T *>(lanes.back().held.first.get());
+        std::fill(lanes.back().arena, lanes.back().arena + summed, T(0));
     }
     std::vector<std::thread> others;
-    for (Index thread = 1; thread < threads; ++thread)
-        others.emplace_back([&, thread] {
-            some_tasks<T>(call, start[thread], thread * tasks / threads, (thread + 1) * tasks / threads);
-        });
-    some_tasks<T>(call, start[0], 0, tasks / threads);
+    others.reserve(lanes.size());
+    Index own = 1;  // from here on lanes are left to this thread
+    try {
+        for (; own < threads; ++own) others.emplace_back([&call, &lane = lanes[own]] { take(call, lane); });
+    } catch (const std::exception &) {
+        // No more threads are to be had: slower, and the same.
+    }
+    take(call, lanes[0]);
+    for (Index i = own; i < threads; ++i) take(call, lanes[i]);
     for (std::thread &other : others) other.join();
     std::fill(sums, sums + summed, T(0));
-    for (Index thread = 0; thread < threads; ++thread) {
-        for (Index i = 0; i < summed; ++i) sums[i] += start[thread][i];
-        arenas.give_back(std::move(held[thread]));
+    for (Lane<T> &lane : lanes) {
+        for (Index i = 0; i < summed; ++i) sums[i] += lane.arena[i];
+        arenas.give_back(std::move(lane.held));
     }
 }
 
@@ -772,9 +788,14 @@ extern "C" {
 std::int64_t metatrain_operation_bytes() { return sizeof(Operation); }
 
 // Runs `program` for every task, in so many threads; `sums` becomes what the first numbers of the threads' arenas of
-// that length hold at the end, added up. bases[0] is the arena.
-void metatrain_run(const Operation *program, Index operations, const Base *bases, Index places, const double *rates,
-                   Index tasks, Index threads, Index length, NUMBER *sums, Index summed) {
-    all_tasks<NUMBER>(program, operations, bases, places, rates, tasks, threads, length, sums, summed);
+// that length hold at the end, added up. bases[0] is the arena. Returns whether there was memory enough.
+std::int64_t metatrain_run(const Operation *program, Index operations, const Base *bases, Index places,
+                           const double *rates, Index tasks, Index threads, Index length, NUMBER *sums, Index summed) {
+    try {
+        all_tasks<NUMBER>(program, operations, bases, places, rates, tasks, threads, length, sums, summed);
+        return 1;
+    } catch (const std::bad_alloc &) {
+        return 0;
+    }
 }
 }

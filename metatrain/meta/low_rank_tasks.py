@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import threading
 from collections import OrderedDict
 from dataclasses import replace
 
@@ -32,26 +33,30 @@ class Translations:
 
     def __init__(self) -> None:
         self._held: OrderedDict[object, Translation | None] = OrderedDict()
+        self._lock = threading.Lock()
 
     def get(self, problem: Problem, sizes: Sizes, given: Given) -> tuple[ctypes.CDLL, Translation] | None:
         """Kernels and program; None where they do not serve."""
         like = given.inputs[0]
+        # Without names, losses have no kernels; the kernels read numbers of one type.
         losses = [(loss.name, loss.delta) for loss in (problem.inner, problem.outer)]
         library = kernels(like.dtype, like.device)
-        if library is None or any(name is None for name, _ in losses):
+        alike = all((x.dtype, x.device) == (like.dtype, like.device) for x in (*given.inputs, *given.values))
+        if library is None or not alike or any(name is None for name, _ in losses):
             return None
         sizes = replace(sizes, tasks=1)
-        key = (problem.form, problem.names, *losses, sizes, like.dtype)
-        if key not in self._held:
-            try:
-                self._held[key] = _translated(problem, sizes, given)
-            except CannotTranslate as reason:
-                _log.info("this inner loop runs by torch, chunk by chunk: %s", reason)
-                self._held[key] = None
-            while len(self._held) > TRANSLATIONS:
-                self._held.popitem(last=False)
-        self._held.move_to_end(key)
-        translation = self._held[key]
+        key = (problem.form, problem.names, problem.rate_names, *losses, sizes, like.dtype)
+        with self._lock:
+            if key not in self._held:
+                try:
+                    self._held[key] = _translated(problem, sizes, given)
+                except CannotTranslate as reason:
+                    _log.info("this inner loop runs by torch, chunk by chunk: %s", reason)
+                    self._held[key] = None
+                while len(self._held) > TRANSLATIONS:
+                    self._held.popitem(last=False)
+            self._held.move_to_end(key)
+            translation = self._held[key]
         return None if translation is None else (library, translation)
 
     def __deepcopy__(self, memo: object) -> Translations:

@@ -79,7 +79,10 @@ class CannotTranslate(ValueError):  # noqa: N818 - not a failure: the reason for
 
 
 def _adds_to(product: OPERATION, last: OPERATION) -> bool:
-    """Whether a product is added to the result of the one before it in a way that the kernels can take together."""
+    """Whether a product is added to the result of the one before it in a way that the kernels can take together.
+
+    Its factors are others than that result: torch takes no product onto its own factors.
+    """
     one, other = bytes(last.at[0]), bytes(product.at[0])
     same = one == other == bytes(product.at[3]) and list(last.size[:2]) == list(product.size[:2])
     factors = (last.alpha, last.alpha_rate) == (product.alpha, product.alpha_rate)
@@ -413,7 +416,7 @@ class Translation:
             *(BASE(t.data_ptr(), 0) for t in (*shared, *copies)),
         )
         sums = a_task[0].new_empty(self._summed)
-        library.metatrain_run(
+        enough = library.metatrain_run(
             self.operations,
             len(self.operations),
             bases,
@@ -425,4 +428,6 @@ class Translation:
             sums.data_ptr(),
             self._summed,
         )
+        if not enough:
+            raise MemoryError(f"no memory for the buffers of {threads} threads, {self._arena} numbers each")
         return [sums.as_strided(shape, strides, start) for start, shape, strides in self._sums]

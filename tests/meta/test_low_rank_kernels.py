@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import os
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_low_rank import LOSSES, PATTERNS, ROWS, assert_same, fused, make
+from test_low_rank import BOTH, LOSSES, PATTERNS, ROWS, assert_same, fused, gradients, make
 from torch import Tensor
 
 from metatrain.meta import low_rank_build
@@ -72,6 +75,38 @@ def test_what_is_not_finite_shows_in_its_task_alone() -> None:
     assert torch.isnan(found[3]).any()
 
 
+def test_types_that_differ_go_by_torch() -> None:
+    case = make((5, 4), sizes=(3, 4, 3), dtype=torch.float32, rows=("item",))
+    case.episodes.rows["item"] = case.episodes.rows["item"].detach().double().requires_grad_()
+    engine = LowRankEngine(case.learner, "squared")
+    after, _ = fused(case, "squared", 2, engine=engine, served=False)
+    assert not engine._translations._held
+    assert torch.isfinite(after).all()
+
+
+def test_a_rate_of_zero_hides_nothing() -> None:
+    case = make((5,), pattern="layers.0.weight", steps=1, sizes=(3, 4, 3))
+    with torch.no_grad():
+        case.rates.zero_()
+        case.episodes.support.mask.fill_(1)
+        case.episodes.support.labels[1, 0] = torch.nan
+    for kernels in (True, False):
+        after, _ = fused(case, "squared", 2, kernels=kernels)
+        assert torch.isfinite(after).tolist() == [True, False, True]
+
+
+@BOTH
+def test_the_order_of_the_rates_is_the_callers(kernels: bool) -> None:
+    case = make((5, 4), sizes=(3, 4, 3))
+    engine = LowRankEngine(case.learner, "squared")
+    _, expected = fused(case, "squared", 2, engine=engine, kernels=kernels)
+    with mock.patch.dict(os.environ, METATRAIN_KERNELS=str(int(kernels))):
+        steps = [dict(reversed(step.items())) for step in case.steps]
+        result = engine.query_loss(case.parameters, case.adapted, steps, case.episodes, "squared")
+    for mine, theirs in zip(gradients(2 * result.total, case), expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
 @pytest.fixture
 def unloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """As in a process that has not looked for kernels, and a cache of its own."""
@@ -118,6 +153,40 @@ def test_kernels_are_built_once_for_a_machine(unloaded: Path, caplog: pytest.Log
     losses()
     assert caplog.text.count("low-rank kernels built by") == 1
     assert [path.suffix for path in (unloaded / "kernels").iterdir()] == [".so"]
+
+
+@pytest.mark.skipif(" avx2 " not in low_rank_build._features(), reason="needs an x86-64 processor with AVX2")
+def test_processors_without_avx512_are_served(unloaded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their last columns go by narrower vectors, not by masks."""
+    case = make((37, 20), "gelu", sizes=(3, 21, 10), fixed=130)
+    expected = fused(case, "squared", 2, kernels=False)
+    monkeypatch.setattr(low_rank_build, "_for_this_processor", lambda: ["-march=x86-64-v3"])
+    # Built once for all of this test's calls.
+    monkeypatch.setattr(low_rank_build, "_loaded", functools.cache(low_rank_build._loaded))
+    assert_same(fused(case, "squared", 2), expected, 1e-10)
+
+
+def test_a_library_that_was_cut_short_is_built_again(unloaded: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    losses()
+    [library] = (unloaded / "kernels").iterdir()
+    library.write_bytes(b"")
+    losses()
+    assert caplog.text.count("low-rank kernels built by") == 2
+    assert "by torch" not in caplog.text
+    assert library.stat().st_size
+
+
+def test_a_cache_that_cannot_be_written_serves_this_process(
+    unloaded: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    (unloaded / "file").write_text("")
+    monkeypatch.setenv("METATRAIN_CACHE", str(unloaded / "file"))
+    monkeypatch.setenv("CXX", "env g++")  # with arguments
+    losses()
+    assert "low-rank kernels built by env g++" in caplog.text
+    assert "not kept" in caplog.text
 
 
 def test_they_can_be_switched_off(unloaded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
