@@ -92,11 +92,9 @@ def _library(by: list[str], number: str) -> ctypes.CDLL:
         _log.info("low-rank kernels built by %s in %.1f s", shlex.join(by), time.monotonic() - start)
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            # Under a name of its own first: others may build, or read, at the same time.
-            with tempfile.NamedTemporaryFile(dir=place.parent, delete=False) as copy:
-                copy.write(made.read_bytes())
-            Path(copy.name).chmod(0o755)
-            Path(copy.name).replace(place)
+            # Beside it first: others may build, or read, at the same time.
+            with tempfile.TemporaryDirectory(dir=place.parent) as beside:
+                Path(shutil.copy(made, beside)).replace(place)
         except OSError as error:
             _log.info("they are not kept for other processes: %s", error)
     return library
