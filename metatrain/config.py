@@ -301,7 +301,7 @@ class DataConfig(Section):
     worker's node, else on nodes without GPUs, in the same zone where nodes are labelled with theirs."""
     prefetch: Positive | Literal["auto"] = "auto"
     """Steps that a reader works ahead. It makes up to half of them in one call, which small steps need to come fast.
-    auto: as many as make two calls of 4,096 of the worker's tasks, and 16 at the least."""
+    auto: as many as make two calls of 16 MiB for each of the worker's readers, and 16 at the least."""
     prefetch_memory: Positive = 512
     """MiB of batches that may wait for a worker in the object store: large steps are prefetched less far."""
     verify: Literal["sizes", "checksums"] = "sizes"

@@ -8,7 +8,8 @@ Paths, each on one core:
 - reader: `BatchReader.read_steps` makes the batches in this process, several steps a call as the actor does;
 - step: the same by `BatchReader.read`, one step a call;
 - actor: a `TaskReader` makes them in a process of its own, pinned to one core with all its threads; this process,
-  on another core, takes them from Ray's object store through `TaskStream.batches` and makes `tensors()`.
+  on another core, takes them from Ray's object store through `TaskStream.batches` and makes `tensors()`. Ray's own
+  processes are on that other core too.
 
 The columns are those that training reads; with --timestamps the events' times too, which no learner sees.
 
@@ -44,9 +45,10 @@ from metatrain.config import DataConfig, PrepareConfig, Synthetic
 from metatrain.data.batch import TaskBatch
 from metatrain.data.dataset import TaskDataset
 from metatrain.data.manifest import ItemSet, Split
+from metatrain.data.pace import CALL_BYTES
 from metatrain.data.prepare import prepare
 from metatrain.data.reader import BatchReader
-from metatrain.data.stream import CALL_TASKS, TaskStream
+from metatrain.data.stream import TaskStream
 
 SEED = 0
 COLUMNS = ("path", "tasks_per_step", "events_per_second", "tasks_per_second", "megabytes_per_second", "share_of_scan")
@@ -82,12 +84,14 @@ class Feed:
             for group in range(file.num_row_groups):
                 yield file.read_row_group(group, columns=self.names, use_threads=False)
 
-    def reader(self, data: DataConfig, steps_per_call: int) -> Callable[[int], None]:
-        """Batches made in this process."""
+    def reader(self, data: DataConfig, steps_per_call: int | None) -> Callable[[int], None]:
+        """Batches made in this process; None: as many steps a call as an actor makes."""
         own = BatchReader.from_config(
             self.dataset, data, Split.TRAIN, ItemSet.EXISTING, data.episode, SEED, timestamps=self.timestamps
         )
         self._open.callback(own.close)
+        if steps_per_call is None:
+            steps_per_call = max(1, CALL_BYTES // own.read_steps(0, 0, 1, range(data.lanes)).bytes)
 
         def run(epoch: int) -> None:
             count = own.steps(epoch)
@@ -126,17 +130,17 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def measure(url: str, sizes: list[int], rounds: int, data: DataConfig, timestamps: bool) -> list[dict[str, object]]:
-    """A row for each path and size."""
-    allowed = sorted(os.sched_getaffinity(0))
-    cores = (allowed[0], allowed[-1])
+def measure(
+    url: str, cores: tuple[int, int], sizes: list[int], rounds: int, data: DataConfig, timestamps: bool
+) -> list[dict[str, object]]:
+    """A row for each path and size, readers on the first of the cores."""
     os.sched_setaffinity(0, {cores[0]})
     feed = Feed(url, cores, timestamps)
     paths: dict[tuple[str, int], Callable[[int], None]] = {("scan", 0): feed.scan}
     streams: dict[int, TaskStream] = {}
     for size in sizes:
         own = data.model_copy(update={"tasks_per_step": size})
-        paths["reader", size] = feed.reader(own, max(1, CALL_TASKS // size))
+        paths["reader", size] = feed.reader(own, None)
         paths["step", size] = feed.reader(own, 1)
         paths["actor", size], streams[size] = feed.actor(own)
     seconds: dict[tuple[str, int], list[float]] = {name: [] for name in paths}
@@ -198,9 +202,12 @@ def main() -> None:
             log = Synthetic(users=options.users, items=options.items, events_per_user=options.events)
             prepare(PrepareConfig(source="synthetic", synthetic=log), url, progress=False, overwrite=True)
         data = DataConfig(dataset=url)
+        allowed = sorted(os.sched_getaffinity(0))
+        cores = (allowed[0], allowed[-1])
+        os.sched_setaffinity(0, {cores[1]})  # and Ray's processes, which start from this one
         ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         try:
-            rows = measure(url, options.tasks, options.rounds, data, options.timestamps)
+            rows = measure(url, cores, options.tasks, options.rounds, data, options.timestamps)
         finally:
             ray.shutdown()
     print("{:<8}{:>15}{:>12}{:>10}{:>8}{:>8}".format("path", "tasks a step", "events/s", "tasks/s", "MB/s", "scan"))

@@ -37,7 +37,9 @@ def concatenate_batches(batches: Sequence[TaskBatch]) -> TaskBatch:
         support_lengths=np.concatenate([b.support_lengths for b in batches]),
         query_lengths=np.concatenate([b.query_lengths for b in batches]),
         items=items,
-        event_items=np.concatenate([position[b.event_items + before[i]] for i, b in enumerate(batches)]),
+        event_items=np.concatenate([position[b.event_items + before[i]] for i, b in enumerate(batches)]).astype(
+            np.int32
+        ),
         labels=np.concatenate([b.labels for b in batches]),
         timestamps=np.concatenate(times) if times else None,
         task_features=joined([b.task_features for b in batches]),
@@ -95,8 +97,8 @@ def batch_from_events(
         tasks=np.arange(len(supports)),
         support_lengths=support_lengths,
         query_lengths=query_lengths,
-        items=items,
-        event_items=event_items,
+        items=items.astype(np.int32),
+        event_items=event_items.astype(np.int32),
         labels=_interleaved([s[1] for s in supports], zeros, np.float32),
         timestamps=_interleaved([s[2] for s in supports], times, np.int64),
         task_features=_given(wanted[Level.TASK], task_features or {}, len(supports)),

@@ -1,4 +1,4 @@
-"""TaskBatch: tasks as flat columns, the same fields for numpy arrays (readers) and tensors (workers).
+"""TaskBatch: tasks as flat columns, the same fields for numpy arrays (readers) and tensors (workers, all int64).
 
 Two tasks, the first with 3 support and 1 query event, the second with 2 and 2; items 4, 7, 9 in all::
 
@@ -31,8 +31,8 @@ Array = Any  # np.ndarray on the reader's side, torch.Tensor on the worker's
 class Ragged:
     """A multi-valued feature: `values` of all rows behind one another, `lengths` of each row."""
 
-    values: Array
-    lengths: Array
+    values: Array  # int32
+    lengths: Array  # int32
 
 
 #: A feature's column: ids [n] (categorical), Ragged (multi), numbers [n] (numeric), numbers [n, width] (vector).
@@ -46,8 +46,8 @@ class TaskBatch:
     tasks: Array  # int64 [T]
     support_lengths: Array  # int64 [T]
     query_lengths: Array  # int64 [T]
-    items: Array  # int64 [U]
-    event_items: Array  # int64 [N]
+    items: Array  # int32 [U]
+    event_items: Array  # int32 [N]
     labels: Array  # float32 [N]
     timestamps: Array | None  # int64 [N]; None where they were not read, as in training
     task_features: dict[str, Column] = field(default_factory=dict)  # n = T

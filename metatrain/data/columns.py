@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from metatrain.data.batch import Column, Ragged
-from metatrain.data.episodes import segments
+from metatrain.data.gather import Runs, all_below, all_finite, gather, gather_jagged, take_jagged, take_rows
 from metatrain.data.schema import Feature, Kind
 
 
@@ -21,11 +20,6 @@ class Jagged:
 
     offsets: np.ndarray  # int64 [n + 1]
     values: np.ndarray
-
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        """Values of each row: int64 [n]."""
-        return np.diff(self.offsets)
 
 
 #: A column as it is kept for gathering.
@@ -102,18 +96,34 @@ def stored(column: Column) -> Stored:
 
 
 def take(column: Stored, index: np.ndarray) -> Column:
-    """The rows `index` of a column, as a batch holds it."""
+    """The rows `index` of a column, as a batch holds it.
+
+    Raises:
+        IndexError: A row that the column does not have.
+    """
     if isinstance(column, Jagged):
-        lengths = column.lengths[index]
-        return Ragged(column.values[segments(column.offsets[index], lengths)], lengths)
-    return column[index]
+        return Ragged(*take_jagged(column.offsets, column.values, index))
+    return take_rows(column, index)
+
+
+def gathered(columns: Sequence[Stored], runs: Runs) -> Column:
+    """The rows of some columns of one kind, as a batch holds them.
+
+    Raises:
+        IndexError: Rows that a column does not have.
+    """
+    arrays = [column for column in columns if not isinstance(column, Jagged)]
+    if arrays:
+        return gather(arrays, runs)
+    jagged = [column for column in columns if isinstance(column, Jagged)]
+    return Ragged(*gather_jagged([column.offsets for column in jagged], [column.values for column in jagged], runs))
 
 
 def cut(column: Stored, start: int, stop: int) -> Column:
     """Consecutive rows of a column, as a batch holds them; nothing is copied."""
     if isinstance(column, Jagged):
         offsets = column.offsets[start : stop + 1]
-        return Ragged(column.values[offsets[0] : offsets[-1]], np.diff(offsets))
+        return Ragged(column.values[offsets[0] : offsets[-1]], np.diff(offsets).astype(np.int32))
     return column[start:stop]
 
 
@@ -129,7 +139,7 @@ def concatenate(columns: Sequence[Any]) -> Any:
 def missing(feature: Feature, rows: int) -> Column:
     """A column for rows that have no value: the unknown id 0, no ids, the mean (0 when standardised), zeros."""
     if feature.kind is Kind.MULTI:
-        return Ragged(np.zeros(0, np.int32), np.zeros(rows, np.int64))
+        return Ragged(np.zeros(0, np.int32), np.zeros(rows, np.int32))
     if feature.kind is Kind.VECTOR:
         return np.zeros((rows, feature.width or 0), np.float32)
     return np.zeros(rows, np.int32 if feature.kind is Kind.CATEGORICAL else np.float32)
@@ -137,7 +147,7 @@ def missing(feature: Feature, rows: int) -> Column:
 
 def _finite(values: np.ndarray) -> np.ndarray:
     # One that is not would make the loss of its whole batch so, with nothing to tell whose it was.
-    if not np.isfinite(values).all():
+    if not all_finite(values):
         raise ValueError("finite numbers were expected")
     return values
 
@@ -145,6 +155,6 @@ def _finite(values: np.ndarray) -> np.ndarray:
 def _ids(array: pa.Array, feature: Feature) -> np.ndarray:
     ids = numbers(array, "integer")
     # An id behind the table's end would read another row, or crash the lookup in a worker that knows no file.
-    if len(ids) and (ids.min() < 0 or ids.max() >= (feature.rows or 0)):
+    if not all_below(ids, feature.rows or 0):
         raise ValueError(f"ids from 0 to {(feature.rows or 0) - 1} were expected, not {ids.min()} to {ids.max()}")
     return ids

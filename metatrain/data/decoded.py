@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from metatrain.data.columns import Stored, feature_column, jagged, numbers, stored_type
+from metatrain.data.columns import Stored, feature_column, jagged, numbers, stored, stored_type, take
+from metatrain.data.gather import all_below, all_finite, take_rows
 from metatrain.data.schema import Feature, Level
 
 
@@ -21,11 +22,10 @@ class ColumnError(ValueError):
 
 @dataclass(frozen=True)
 class Decoded:
-    """n tasks in their stored order, E events behind one another, of which C are of the item set."""
+    """n tasks in their stored order, their E events of the item set behind one another."""
 
-    offsets: np.ndarray  # int64 [n + 1]: events of the item set before each task
-    counted: np.ndarray | None  # int64 [C]: which events are of the item set; None: all (C = E)
-    items: np.ndarray  # int [E]: catalogue rows
+    offsets: np.ndarray  # int64 [n + 1]: events before each task
+    items: np.ndarray  # int32 [E]: catalogue rows
     labels: np.ndarray  # float32 [E]
     timestamps: np.ndarray | None  # int64 [E]; None where they are not read
     task_features: dict[str, Stored]  # n rows
@@ -79,15 +79,17 @@ class Decoder:
         try:
             offsets, values = jagged(_single(table[name]))
             items = numbers(values, "integer")
-            if len(items) and (items.min() < 0 or items.max() >= self._catalogue_rows):
-                raise ValueError(f"catalogue rows below {self._catalogue_rows} were expected, not {items.max()}")
+            if not all_below(items, self._catalogue_rows):
+                raise ValueError(
+                    f"catalogue rows below {self._catalogue_rows} were expected, not {items.min()} to {items.max()}"
+                )
             timestamps = None
             if self._timestamps:
                 name = "timestamps"
                 timestamps = numbers(_values(table[name], offsets), "integer")
             name = "labels"
             labels = numbers(_values(table[name], offsets), "float")
-            if not np.isfinite(labels).all():
+            if not all_finite(labels):
                 raise ValueError("finite numbers were expected")
             events: dict[str, Stored] = {}
             for feature in self._features[Level.EVENT]:
@@ -103,12 +105,14 @@ class Decoder:
                     raise ValueError("keys without nulls were expected")
         except ValueError as error:
             raise ColumnError(name, str(error)) from error
-        counted = None
-        if self._counts is not None:
-            counted = np.flatnonzero(self._counts[items])
+        counted = None if self._counts is None else np.flatnonzero(self._counts[items])
+        if counted is not None and len(counted) < len(items):
             offsets = np.searchsorted(counted, offsets)
+            items, labels = take_rows(items, counted), take_rows(labels, counted)
+            timestamps = None if timestamps is None else take_rows(timestamps, counted)
+            events = {name: stored(take(column, counted)) for name, column in events.items()}
         keys = _single(table["key"]) if self._keys else None
-        return Decoded(offsets, counted, items, labels, timestamps, tasks, events, keys)
+        return Decoded(offsets, items, labels, timestamps, tasks, events, keys)
 
 
 def _single(column: pa.ChunkedArray) -> pa.Array:

@@ -34,8 +34,16 @@ class Selection:
     tasks: np.ndarray  # int64 [K]: positions of the eligible tasks among those given
     support_lengths: np.ndarray  # int64 [K]
     query_lengths: np.ndarray  # int64 [K]
-    events: np.ndarray  # int64 [N]: a task's support, then its query, each in time order; see `starts`
+    starts: np.ndarray  # int64 [K]: the first event of each task, whose others follow it (unless `drawn`)
+    drawn: np.ndarray | None  # int64 [N]: the events in the batch's order, where they do not follow one another
     skipped: int  # tasks given that are not eligible
+
+    @property
+    def events(self) -> np.ndarray:
+        """The events, a task's support, then its query, each in time order: int64 [N]."""
+        if self.drawn is not None:
+            return self.drawn
+        return segments(self.starts, self.support_lengths + self.query_lengths)
 
 
 def split_events(
@@ -54,7 +62,7 @@ def split_events(
         seed: Seed of the draws.
         epoch: Another epoch is another draw.
         ordinals: Each task's number in the split: int64 [T].
-        starts: Where each task's events begin in the columns that `Selection.events` points into: int64 [T].
+        starts: Where each task's events begin in the columns that `Selection` points into: int64 [T].
             Default: the tasks' events are behind one another.
 
     Raises:
@@ -72,11 +80,12 @@ def split_events(
     least = max(episode.support_min + episode.query_min, episode.events_min)
     tasks = np.flatnonzero((lengths >= least) & (lengths <= episode.events_max))
     n, first, who = lengths[tasks], np.asarray(starts, np.int64)[tasks], np.asarray(ordinals, np.int64)[tasks]
+    skipped = len(lengths) - len(tasks)
     if episode.by == "random":
         support, query, events = _at_random(n, first, who, episode, seed, epoch)
-    else:
-        support, query, events = _by_time(n, first, who, episode, seed, epoch)
-    return Selection(tasks, support, query, events, skipped=len(lengths) - len(tasks))
+        return Selection(tasks, support, query, first, events, skipped)
+    support, query, begins = _by_time(n, first, who, episode, seed, epoch)
+    return Selection(tasks, support, query, begins, None, skipped)
 
 
 def segments(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -117,7 +126,7 @@ def _by_time(
     support = np.minimum(cut, episode.support_max)
     query = np.minimum(n - cut, episode.query_max)
     # Support ends where the query begins: one run of events a task.
-    return support, query, segments(first + cut - support, support + query)
+    return support, query, first + cut - support
 
 
 def _at_random(

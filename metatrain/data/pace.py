@@ -1,4 +1,5 @@
-"""How many readers keep up with a trainer, and how many steps may wait for it: found from what was measured.
+"""How many readers keep up with a trainer, how many steps they make in one call, and how many may wait for it: found
+from what was measured.
 
 Neither changes a batch: readers share out the lanes, and a batch is what the plan says of them.
 """
@@ -8,9 +9,15 @@ from __future__ import annotations
 import math
 from collections import deque
 from statistics import median
+from typing import Literal
 
 #: Calls of the readers between two decisions, and such as are not looked at after a change: files are opened then.
 CALLS, UNTIMED = 8, 2
+#: Bytes of batches that a reader makes in one call, where they are many steps: a call takes a reader about as long as
+#: some hundred tasks do, however small it is.
+CALL_BYTES = 16 << 20
+#: With `prefetch: auto`, the least steps to work ahead.
+LEAST_AHEAD = 16
 # Readers are to need less than this share of the trainer's time, so that a slow batch leaves no gap.
 _SHARE = 0.8
 
@@ -67,8 +74,22 @@ class Pace:
         """There is no room for more readers than there are."""
         self._most = self._readers
 
-    def ahead(self, prefetch: int) -> int:
+    def ahead(self, prefetch: int | Literal["auto"]) -> int:
         """Steps that may be in flight: `prefetch`, or fewer where their bytes would be too many. Two at the start."""
         if not self._step_bytes:
-            return min(2, prefetch)
-        return max(1, min(prefetch, self._memory // self._step_bytes))
+            return 2 if prefetch == "auto" else min(2, prefetch)
+        wanted = max(LEAST_AHEAD, 2 * self._large()) if prefetch == "auto" else prefetch
+        return max(1, min(wanted, self._memory // self._step_bytes))
+
+    def call(self, prefetch: int | Literal["auto"], before: int) -> int:
+        """Steps of a call, at most half of those in flight, so that readers work while the worker uses what they made.
+
+        Args:
+            prefetch: As for `ahead`.
+            before: Steps of the call before, 0 at a new place: a call has at most twice as many, so that the first
+                batches don't wait for a large one.
+        """
+        return max(1, min(self.ahead(prefetch) // 2, self._large(), 2 * before))
+
+    def _large(self) -> int:
+        return max(1, CALL_BYTES * self._readers // max(1, self._step_bytes))

@@ -166,7 +166,7 @@ class EpochPlan:
         rows = np.arange(before[-1])
         if self.shuffle:
             rows = randomness.permutation(len(rows), _WINDOW, self.seed, self.epoch, lane, window)
-        which = np.searchsorted(before, rows, side="right") - 1
+        which = np.repeat(np.arange(high - low), np.diff(before))[rows]
         row_group, row = self._dealt[low + which], rows - before[which]
         return WindowTasks(self._dealt[low:high], rows, Positions(row_group, row, self._first_ordinal[row_group] + row))
 

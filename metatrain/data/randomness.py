@@ -36,7 +36,8 @@ def below(bounds: np.ndarray, hashes: np.ndarray) -> np.ndarray:
 
 def permutation(n: int, *counters: int) -> np.ndarray:
     """A uniform permutation of 0 … n - 1 for these counters: int64 [n]."""
-    return np.argsort(hashed(*counters, np.arange(n)), kind="stable")
+    # Hashes that differ in the last counter alone are all different (each step is one-to-one): any sort gives this one.
+    return np.argsort(hashed(*counters, np.arange(n)))
 
 
 def _as_uint64(counter: int | np.ndarray) -> np.ndarray:

@@ -19,8 +19,9 @@ from metatrain.data.columns import stored
 from metatrain.data.dataset import TaskDataset
 from metatrain.data.decoded import Decoder
 from metatrain.data.episodes import split_events
+from metatrain.data.gather import LookUp
 from metatrain.data.manifest import ItemSet, Split
-from metatrain.data.pieces import LookUp, Pieces
+from metatrain.data.pieces import Pieces
 from metatrain.data.plan import EpochPlan
 from metatrain.data.schema import Level
 from metatrain.data.shards import Shards, check_sizes, row_groups

@@ -2,13 +2,14 @@
 
 The batch of a step is what the plan says, whichever reader makes it: a reader that dies is replaced where the trainer
 stands, and the trainer sees the same batches. At most `prefetch` steps are in the object store. Several small steps are
-made and sent in one call, since a call takes as long as reading some hundred tasks. Where their number is `auto`,
-readers are added while training goes on, from a call on: earlier calls end with those that were asked.
+made and sent in one call (see `Pace`). Where their number is `auto`, readers are added while training goes on, from a
+call on: earlier calls end with those that were asked.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
@@ -36,7 +37,7 @@ from metatrain.data.nearby import node_for
 from metatrain.data.pace import Pace
 from metatrain.data.plan import EpochPlan, lanes_of
 from metatrain.data.shards import check_sizes, row_groups
-from metatrain.data.task_reader import TaskReader
+from metatrain.data.task_reader import MALLOC, TaskReader
 from metatrain.errors import MetatrainError, TrainingError
 
 log = logging.getLogger(__name__)
@@ -47,9 +48,6 @@ READER_CPUS = 0.5
 DEATHS_IN_A_ROW = 5
 #: Seconds that a new reader may take to start before the stream gives up.
 START_SECONDS = 300.0
-
-#: A worker's tasks in a call of its readers at the most; with `prefetch: auto`, the least steps to work ahead.
-CALL_TASKS, LEAST_AHEAD = 4096, 16
 
 # What takes a reader, or a batch it made, away; anything else is an error of the read itself.
 _DEATHS = (RayActorError, NodeDiedError, ObjectLostError, OutOfMemoryError, WorkerCrashedError)
@@ -139,10 +137,7 @@ class TaskStream:
         #: Seconds that the consumer waited for batches.
         self.wait_seconds = 0.0
         self._deaths = 0
-        # Two calls are in flight at the least, so that a reader works while the trainer uses what it has made.
-        most = max(1, CALL_TASKS * data.lanes // (data.tasks_per_step * max(1, len(mine))))
-        self._prefetch = max(LEAST_AHEAD, 2 * most) if data.prefetch == "auto" else data.prefetch
-        self._steps_per_call = max(1, min(self._prefetch // 2, most))
+        self._call_steps = 0  # of the newest call, unless an epoch's end cut it
         self._queue: deque[_Call] = deque()
         self._actors: list[Any] = [self._actor(num_cpus) for _ in range(readers)]
         self._pids: list[int] = [0] * readers
@@ -185,7 +180,7 @@ class TaskStream:
         while step < end:
             if not self._queue or self._queue[0].place != (epoch, step):
                 self._queue.clear()  # what was read ahead is for another place
-                self._arrived = None
+                self._arrived, self._call_steps = None, 0
             self._fill(epoch, step)
             begun = time.monotonic()
             parts = [self._part(i) for i in range(len(self._queue[0].refs))]
@@ -213,16 +208,18 @@ class TaskStream:
 
     def _fill(self, epoch: int, step: int) -> None:
         """Asks for steps from here on until as many of them are in flight as `prefetch` and their bytes allow."""
-        ahead = self._pace.ahead(self._prefetch)
+        ahead = self._pace.ahead(self._data.prefetch)
         in_flight = sum(call.steps for call in self._queue)
         if self._queue:
             epoch, step = self._after(self._queue[-1])
         while self._epochs is None or epoch < self._epochs:
             if not self.steps(epoch):
                 return
-            steps = min(self._steps_per_call, max(1, ahead // 2), self.steps(epoch) - step)
+            call_steps = self._pace.call(self._data.prefetch, self._call_steps)
+            steps = min(call_steps, self.steps(epoch) - step)
             if in_flight + steps > ahead:
                 return
+            self._call_steps = call_steps
             lanes = self._lanes
             refs = [actor.read.remote(epoch, step, steps, own) for actor, own in zip(self._actors, lanes, strict=True)]
             self._queue.append(_Call((epoch, step), steps, lanes, refs))
@@ -316,7 +313,9 @@ class TaskStream:
             turn = self._mine[0] if self._mine else 0
             node = node_for(ray.nodes(), available_resources_per_node(), node, num_cpus, turn)
         there = NodeAffinitySchedulingStrategy(node, soft=True, _spill_on_unavailable=True)
-        placed = ray.remote(TaskReader).options(num_cpus=num_cpus, max_restarts=0, scheduling_strategy=there)
+        # An environment of its own takes a process of its own, not one of those that Ray has ready.
+        own: dict[str, Any] = {} if MALLOC.keys() <= os.environ.keys() else {"runtime_env": {"env_vars": MALLOC}}
+        placed = ray.remote(TaskReader).options(num_cpus=num_cpus, max_restarts=0, scheduling_strategy=there, **own)
         return placed.remote(self._url, self._options)
 
     def _opened(self, i: int, ref: ray.ObjectRef) -> None:

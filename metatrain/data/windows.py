@@ -11,13 +11,15 @@ from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from metatrain.config import EpisodeConfig
-from metatrain.data.columns import Stored, stored, take
+from metatrain.data.columns import Stored, gathered, stored, take
 from metatrain.data.decoded import ColumnError, Decoded, Decoder
 from metatrain.data.episodes import split_events
+from metatrain.data.gather import Runs
 from metatrain.data.plan import EpochPlan, Positions, WindowTasks
 from metatrain.data.shards import Shards, shard_error
 from metatrain.errors import DatasetError
@@ -32,7 +34,7 @@ class Window:
     tasks: np.ndarray  # int64 [K]: ordinals in the split
     support_lengths: np.ndarray  # int64 [K]
     query_lengths: np.ndarray  # int64 [K]
-    items: np.ndarray  # int [N]: catalogue rows; a task's support, then its query
+    items: np.ndarray  # int32 [N]: catalogue rows; a task's support, then its query
     labels: np.ndarray  # float32 [N]
     timestamps: np.ndarray | None  # int64 [N]; None where they are not read
     task_features: dict[str, Stored]  # K rows
@@ -164,21 +166,27 @@ class Windows:
         lengths = np.where(rows < 0, 0, ends - starts)  # no episode has no event: such a place gives no task
         ordinals = tasks.positions.ordinal
         chosen = split_events(lengths, self._episode, self._seed, epoch, ordinals, starts)
-        rows = rows[chosen.tasks]
-        events = chosen.events if decoded.counted is None else decoded.counted[chosen.events]
         chosen_before = np.zeros(len(lengths), np.int64)
         chosen_before[chosen.tasks] = 1
+        rows = rows[chosen.tasks]
+        sizes = chosen.support_lengths + chosen.query_lengths
+
+        def events(column: Stored) -> Any:
+            if chosen.drawn is None:
+                return gathered([column], Runs(chosen.starts, sizes))
+            return take(column, chosen.drawn)
+
         return Window(
             tasks_before=_starts(chosen_before),
-            events_before=_starts(chosen.support_lengths + chosen.query_lengths),
+            events_before=_starts(sizes),
             tasks=ordinals[chosen.tasks],
             support_lengths=chosen.support_lengths,
             query_lengths=chosen.query_lengths,
-            items=decoded.items[events],
-            labels=decoded.labels[events],
-            timestamps=None if decoded.timestamps is None else decoded.timestamps[events],
+            items=events(decoded.items),
+            labels=events(decoded.labels),
+            timestamps=None if decoded.timestamps is None else events(decoded.timestamps),
             task_features={name: stored(take(column, rows)) for name, column in decoded.task_features.items()},
-            event_features={name: stored(take(column, events)) for name, column in decoded.event_features.items()},
+            event_features={name: stored(events(column)) for name, column in decoded.event_features.items()},
             keys=None if decoded.keys is None else decoded.keys.to_numpy(zero_copy_only=False)[rows],
         )
 

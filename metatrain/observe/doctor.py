@@ -30,12 +30,16 @@ GIB = 2**30
 FLAVOURS = {"fbgemm-gpu": "gpu", "fbgemm-gpu-cpu": "cpu"}
 _AGAIN = "In a clone: `rm -rf .venv`, then `make setup`. Elsewhere: see Installation in README.md."
 
-_NO_KERNELS = "MAML's inner loop goes by torch on CPUs, a few times slower: install a C++ compiler (g++ or clang++)."
+_NO_KERNELS = (
+    "On CPUs MAML's inner loop goes by torch, a few times slower, and readers by numpy: install a C++ compiler "
+    "(g++ or clang++)."
+)
 _TRY_TABLES = "import fbgemm_gpu, torchrec"
 _TRY_KERNELS = """
 import sys, torch
-from metatrain.meta.low_rank_build import kernels
-sys.exit(kernels(torch.float32, torch.device("cpu")) is None)
+from metatrain.data import gather
+from metatrain.meta import low_rank_build
+sys.exit(gather.kernels() is None or low_rank_build.kernels(torch.float32, torch.device("cpu")) is None)
 """
 _TRY_RAY = """
 import ray
@@ -114,7 +118,7 @@ def examine(folder: str = ".", try_ray: bool = True) -> Report:
         shared_memory_check(Path("/dev/shm")),
         descriptor_check(*resource.getrlimit(resource.RLIMIT_NOFILE)),
         _ended(tables, "FBGEMM and TorchRec", "both import", _AGAIN, seconds=120),
-        _ended(kernels, "inner-loop kernels", "built for this processor", _NO_KERNELS, seconds=180, bad=Status.WARN),
+        _ended(kernels, "kernels", "built for this processor", _NO_KERNELS, seconds=180, bad=Status.WARN),
     ]
     if ray is not None:
         remedy = "See the last lines of /tmp/ray/session_latest/logs/; often no room in /dev/shm or in /tmp."

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
+from metatrain.data import gather
 from tests.data.tiny_dataset import write_tiny_dataset
 
 
@@ -25,3 +26,14 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]
         return known[name]
 
     return make
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["kernels", "numpy"])
+def both_ways(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Rows are gathered by the reader's kernels, then by numpy."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("METATRAIN_KERNELS", str(int(request.param)))
+        gather.kernels.cache_clear()
+        assert (gather.kernels() is not None) == request.param, "this machine has no C++ compiler"
+        yield
+    gather.kernels.cache_clear()

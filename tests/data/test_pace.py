@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from metatrain.data.nearby import node_for
-from metatrain.data.pace import CALLS, UNTIMED, Pace
+from metatrain.data.pace import CALL_BYTES, CALLS, LEAST_AHEAD, UNTIMED, Pace
 
 
 def timed(pace: Pace, reading: float, training: float, calls: int = UNTIMED + CALLS) -> int:
@@ -55,6 +55,19 @@ def test_steps_in_flight_are_bounded_by_their_bytes() -> None:
     assert pace.ahead(16) == 3
     pace.sized(1, 10_000)
     assert pace.ahead(16) == 1
+
+
+def test_calls_grow_to_so_many_bytes_for_each_reader() -> None:
+    pace = Pace(2, 2, 100 * CALL_BYTES)
+    assert (pace.ahead("auto"), pace.call("auto", 0), pace.call("auto", 4)) == (2, 1, 1)  # nothing is known yet
+    pace.sized(1, CALL_BYTES // 50)
+    assert pace.ahead("auto") == 200
+    assert [pace.call("auto", before) for before in (0, 1, 2, 30, 64)] == [1, 2, 4, 60, 100]
+    assert pace.call(12, 30) == 6  # so that two are in flight
+    pace.sized(1, 3 * CALL_BYTES)  # a large step is a call of its own
+    assert (pace.ahead("auto"), pace.call("auto", 100)) == (LEAST_AHEAD, 1)
+    pace.sized(1, 60 * CALL_BYTES)
+    assert (pace.ahead("auto"), pace.call("auto", 100)) == (1, 1)
 
 
 def node(name: str, gpus: int = 0, zone: str | None = None, alive: bool = True) -> dict:

@@ -21,14 +21,16 @@ from metatrain.config import DataConfig, EpisodeConfig
 from metatrain.data.batch import Ragged, TaskBatch
 from metatrain.data.dataset import TaskDataset
 from metatrain.data.episodes import split_events
+from metatrain.data.gather import LookUp, Runs
 from metatrain.data.manifest import ItemSet, Shard, Split, read_manifest
-from metatrain.data.pieces import LookUp
 from metatrain.data.plan import EpochPlan, lanes_of
 from metatrain.data.prepare_shards import parquet_bytes
 from metatrain.data.reader import BatchReader, batch_from_events, concatenate_batches, iterate
 from metatrain.data.schema import Kind, Level
 from metatrain.data.shards import Shards, row_groups
 from metatrain.errors import ConfigError, DatasetError, RequestError
+
+pytestmark = pytest.mark.usefixtures("both_ways")
 
 EPISODE = EpisodeConfig(cut="uniform", support_min=2, support_max=5, query_max=3)
 Make = Callable[..., str]
@@ -192,7 +194,7 @@ def test_tensors_of_a_batch_from_the_object_store_share_its_memory(tiny_dataset:
     ):
         assert not batch.labels.flags.writeable
         tensors = batch.tensors()
-        for name in ("tasks", "support_lengths", "query_lengths", "items", "event_items", "labels", "timestamps"):
+        for name in ("tasks", "support_lengths", "query_lengths", "labels", "timestamps"):
             assert getattr(tensors, name).data_ptr() == getattr(batch, name).ctypes.data
         assert plain(tensors) == plain(expected)
         assert tensors.task_features["zip"].dtype == torch.int64
@@ -273,15 +275,15 @@ def test_the_times_are_read_where_they_are_asked_for_alone(tiny_dataset: Make, m
 )
 def test_items_of_steps_are_looked_up_as_by_unique(drawn: tuple[int, list[list[int]]]):
     catalogue_rows, steps = drawn
-    look_up, bounds = LookUp(catalogue_rows), (0, *np.cumsum([len(step) for step in steps]).tolist())
-    rows = np.array([row for step in steps for row in step], np.int64)
+    look_up, bounds = LookUp(catalogue_rows), np.cumsum([0, *map(len, steps)])
+    rows = np.array([row for step in steps for row in step], np.int32)
     for _ in range(2):  # nothing stays from one call to the next
-        items, positions, item_bounds = look_up(rows, bounds)
+        items, positions, item_bounds = look_up([rows], Runs(bounds[:-1], np.diff(bounds)), len(steps))
         for i, step in enumerate(steps):
             distinct, inverse = np.unique(np.array(step, np.int64), return_inverse=True)
             assert items[item_bounds[i] : item_bounds[i + 1]].tolist() == distinct.tolist()
             assert positions[bounds[i] : bounds[i + 1]].tolist() == inverse.tolist()
-    assert (items.dtype, positions.dtype) == (np.int64, np.int64)
+    assert (items.dtype, positions.dtype) == (np.int32, np.int32)
 
 
 def test_steps_behind_the_epoch_are_empty_batches_of_the_right_types(tiny_dataset: Make):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from metatrain.data import pace
 from metatrain.data.manifest import ItemSet, Split
 from metatrain.data.plan import lanes_of
 from metatrain.data.reader import BatchReader, concatenate_batches
-from metatrain.data.stream import CALL_TASKS, TaskStream
+from metatrain.data.stream import TaskStream
 from metatrain.errors import ConfigError, DatasetError
 from tests.data.tiny_dataset import plain
 
@@ -95,17 +96,22 @@ def test_nothing_is_read_behind_the_last_epoch(tiny_dataset: Callable[..., str])
 
 def test_small_steps_are_made_many_in_one_call(tiny_dataset: Callable[..., str]):
     one = DATA.model_copy(update={"readers_per_worker": 1, "prefetch": "auto"})
-    url, most = tiny_dataset(), CALL_TASKS // DATA.tasks_per_step
+    url, asked = tiny_dataset(), []
     with contextlib.closing(TaskStream(url, one, seed=3, num_cpus=0.1)) as stream:
-        assert (stream._steps_per_call, stream._prefetch) == (most, 2 * most)
-        first = [plain(b) for b in stream.batches(0)]
-        assert first == undisturbed(url, 0)
-        # An epoch of so few steps is one call.
-        call = stream._queue[0]
-        assert (call.place, call.steps) == ((1, 0), len(undisturbed(url, 1)))
-        assert [plain(b) for b in stream.batches(1)] == undisturbed(url, 1)
-    with contextlib.closing(TaskStream(url, one, seed=3, lanes=[1], num_cpus=0.1)) as stream:
-        assert stream._steps_per_call == most * DATA.lanes  # of this worker's tasks
+        for epoch in range(3):
+            found = []
+            for batch in stream.batches(epoch):
+                found.append(plain(batch))
+                asked += [(call.place, call.steps) for call in stream._queue if (call.place, call.steps) not in asked]
+            assert found == undisturbed(url, epoch)
+        # Behind the first, which is used: each call is at most twice the one before, until a whole epoch is one call.
+        sizes = [steps for _, steps in sorted(asked)]
+        assert sizes[:2] == [1, 2]
+        assert all(after <= 2 * before for before, after in pairwise(sizes[: sizes.index(max(sizes))]))
+        assert ((3, 0), len(undisturbed(url, 3))) in asked
+        # At a new place it begins again with small ones.
+        next(stream.batches(0, 1))
+        assert (stream._queue[0].place, stream._queue[0].steps) == ((0, 2), 2)
 
 
 def test_what_cannot_be_used_is_raised_as_itself(tiny_dataset: Callable[..., str], tmp_path):

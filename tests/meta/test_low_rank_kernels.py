@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from test_low_rank import BOTH, LOSSES, PATTERNS, ROWS, assert_same, fused, gradients, make
 from torch import Tensor
 
-from metatrain.meta import low_rank_build
+from metatrain import compiled
 from metatrain.meta.low_rank import LowRankEngine
 
 
@@ -110,7 +110,7 @@ def test_the_order_of_the_rates_is_the_callers(kernels: bool) -> None:
 @pytest.fixture
 def unloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """As in a process that has not looked for kernels, and a cache of its own."""
-    monkeypatch.setattr(low_rank_build, "_loaded", low_rank_build._loaded.__wrapped__)
+    monkeypatch.setattr(compiled, "loaded", compiled.loaded.__wrapped__)
     monkeypatch.setenv("METATRAIN_CACHE", str(tmp_path))
     return tmp_path
 
@@ -155,14 +155,14 @@ def test_kernels_are_built_once_for_a_machine(unloaded: Path, caplog: pytest.Log
     assert [path.suffix for path in (unloaded / "kernels").iterdir()] == [".so"]
 
 
-@pytest.mark.skipif(" avx2 " not in low_rank_build._features(), reason="needs an x86-64 processor with AVX2")
+@pytest.mark.skipif(" avx2 " not in compiled.features(), reason="needs an x86-64 processor with AVX2")
 def test_processors_without_avx512_are_served(unloaded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their last columns go by narrower vectors, not by masks."""
     case = make((37, 20), "gelu", sizes=(3, 21, 10), fixed=130)
     expected = fused(case, "squared", 2, kernels=False)
-    monkeypatch.setattr(low_rank_build, "_for_this_processor", lambda: ["-march=x86-64-v3"])
+    monkeypatch.setattr(compiled, "_for_this_processor", lambda: ["-march=x86-64-v3"])
     # Built once for all of this test's calls.
-    monkeypatch.setattr(low_rank_build, "_loaded", functools.cache(low_rank_build._loaded))
+    monkeypatch.setattr(compiled, "loaded", functools.cache(compiled.loaded))
     assert_same(fused(case, "squared", 2), expected, 1e-10)
 
 

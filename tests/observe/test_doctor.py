@@ -153,7 +153,7 @@ def test_a_machine_without_a_compiler_is_noted(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("CXX", str(tmp_path / "none"))
     report = doctor.examine(try_ray=False)
     assert report.healthy
-    [noted] = [check for check in report.checks if check.name == "inner-loop kernels"]
+    [noted] = [check for check in report.checks if check.name == "kernels"]
     assert noted.status is Status.WARN
     assert "no C++ compiler" in noted.value
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from metatrain.cache import cache_folder
 from metatrain.errors import SourceError
 
 ADDRESS = "https://files.grouplens.org/datasets/movielens"
@@ -33,11 +34,6 @@ log = logging.getLogger(__name__)
 
 class UnreachableError(Exception):
     """The address cannot be reached from here."""
-
-
-def cache_folder() -> Path:
-    """Where downloads are kept."""
-    return Path(os.environ.get("METATRAIN_CACHE") or Path.home() / ".cache" / "metatrain")
 
 
 def movielens_archive(release: str) -> tuple[str, list[str]]:
