@@ -1,7 +1,7 @@
 """Episodes: which of a task's events are support and which are query, for many tasks at once.
 
 The draw of a task is a function of (seed, epoch, the task's ordinal, the event's position) alone: never of the other
-tasks in the batch, nor of who reads it. Pure numpy; no loop over tasks.
+tasks in the batch, nor of who reads it. No Python loop over tasks.
 
 A task of n events, bounds support_min 1, support_max 3, query_max 2::
 
@@ -20,7 +20,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from metatrain.config import EpisodeConfig
+from metatrain.data.kernels import address, kernels
 from metatrain.data.randomness import below, hashed
+from metatrain.data.segments import segments
 from metatrain.errors import ConfigError
 
 # Tags that keep these draws apart from one another and from the plan's.
@@ -88,33 +90,6 @@ def split_events(
     return Selection(tasks, support, query, begins, None, skipped)
 
 
-def segments(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The positions start, start + 1, … of each segment, behind one another: int64 [sum of lengths]."""
-    if not lengths.all():
-        some = lengths > 0
-        starts, lengths = starts[some], lengths[some]
-    ends = np.cumsum(lengths)
-    found = np.repeat(starts - ends + lengths, lengths)
-    found += counting(len(found))
-    return found
-
-
-# 0, 1, 2, …, kept from one use to the next: making it anew would take longer than all else in `segments`.
-_numbers = np.arange(0)
-_KEPT_NUMBERS = 1 << 20
-
-
-def counting(n: int) -> np.ndarray:
-    """0 to n - 1, not to be written to."""
-    global _numbers
-    numbers = _numbers
-    if len(numbers) < n:
-        numbers = np.arange(max(n, min(2 * n, _KEPT_NUMBERS)))
-        if len(numbers) <= _KEPT_NUMBERS:
-            _numbers = numbers
-    return numbers[:n]
-
-
 def _by_time(
     n: np.ndarray, first: np.ndarray, ordinals: np.ndarray, episode: EpisodeConfig, seed: int, epoch: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -139,9 +114,26 @@ def _at_random(
         choices = np.minimum(episode.support_max, n - episode.query_min) - episode.support_min + 1
         support = episode.support_min + below(choices, hashed(_CUT, seed, epoch, ordinals))
         query = np.minimum(episode.query_max, n - support)
+    return support, query, _drawn(n, first, hashed(_DRAW, seed, epoch, ordinals), support, query)
+
+
+def _drawn(n: np.ndarray, first: np.ndarray, keys: np.ndarray, support: np.ndarray, query: np.ndarray) -> np.ndarray:
+    """Each task's events of the least draws: `query` of them its query, the next `support` its support; int64 [N].
+
+    An event's draw is hashed(its task's key, its position).
+    """
+    library = kernels()
+    if library is not None:
+        events = np.empty(int(support.sum() + query.sum()), np.int64)
+        given = [np.ascontiguousarray(part, np.int64) for part in (n, first, support, query)]
+        wrong = library.metatrain_draw(
+            *(address(events), len(events), *map(address, given), address(np.ascontiguousarray(keys)), len(n))
+        )
+        assert wrong < 0, f"task {wrong} has fewer events than are to be drawn"
+        return events
     task = np.repeat(np.arange(len(n)), n)
     position = segments(np.zeros_like(n), n)
-    draw = hashed(hashed(_DRAW, seed, epoch, ordinals)[task], position)
+    draw = hashed(keys[task], position)
     shuffled = np.lexsort((draw, task))  # within each task, its events by their draw
     rank = np.empty_like(position)
     rank[shuffled] = position
@@ -149,4 +141,4 @@ def _at_random(
     chosen = np.flatnonzero(rank < (query + support)[task])
     # Stable: time order stays within a task's support and within its query.
     order = np.argsort(task[chosen] * 2 + is_query[chosen], kind="stable")
-    return support, query, (first[task] + position)[chosen[order]]
+    return (first[task] + position)[chosen[order]]

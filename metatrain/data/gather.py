@@ -1,19 +1,17 @@
-"""Rows gathered from columns in one pass, by C++ (`gather.cpp`) where it can be built, else by numpy."""
+"""Rows gathered from columns in one pass, by the kernels where there are any, else by numpy."""
 
 from __future__ import annotations
 
 import ctypes
-import functools
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from metatrain import compiled
-from metatrain.data.episodes import counting, segments
+from metatrain.data.kernels import RUNS, address, kernels
+from metatrain.data.segments import counting, segments
 
 
 class Runs(NamedTuple):
@@ -40,7 +38,7 @@ def gather(columns: Sequence[np.ndarray], runs: Runs) -> np.ndarray:
         return _gather_by_numpy(columns, runs)
     out = np.empty((runs.rows, *first.shape[1:]), first.dtype)
     given = _Given(columns, list(map(len, columns)), runs)
-    _check(library.metatrain_gather(_address(out), len(out), _width(first), given.columns, given.runs))
+    _check(library.metatrain_gather(address(out), len(out), _width(first), given.columns, given.runs))
     return out
 
 
@@ -66,8 +64,8 @@ def gather_jagged(
     lengths = np.empty(runs.rows, np.int32)
     begins, counts = np.empty((2, len(runs.starts)), np.int64)
     given = _Given(offsets, [len(own) - 1 for own in offsets], runs)
-    places = (_address(part) for part in (begins, counts))
-    _check(library.metatrain_lengths(_address(lengths), len(lengths), *places, given.columns, given.runs))
+    places = (address(part) for part in (begins, counts))
+    _check(library.metatrain_lengths(address(lengths), len(lengths), *places, given.columns, given.runs))
     return gather(values, Runs(begins, counts, runs.which)), lengths
 
 
@@ -84,8 +82,8 @@ def take_rows(column: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     out = np.empty((len(numbers), *column.shape[1:]), column.dtype)
     _check_number(
         library.metatrain_take(
-            *(_address(out), _width(column), _address(column), len(column)),
-            *(_address(numbers), numbers.itemsize, len(numbers)),
+            *(address(out), _width(column), address(column), len(column)),
+            *(address(numbers), numbers.itemsize, len(numbers)),
         ),
         numbers,
         len(column),
@@ -110,14 +108,14 @@ def take_jagged(offsets: np.ndarray, values: np.ndarray, numbers: np.ndarray) ->
         return values[segments(begins, lengths)], lengths.astype(np.int32)
     offsets, values, numbers = np.ascontiguousarray(offsets), np.ascontiguousarray(values), _index(numbers)
     lengths, count = np.empty(len(numbers), np.int32), ctypes.c_int64()
-    index = (_address(numbers), numbers.itemsize, len(numbers))
+    index = (address(numbers), numbers.itemsize, len(numbers))
     _check_number(
-        library.metatrain_take_lengths(_address(lengths), ctypes.byref(count), _address(offsets), size, *index),
+        library.metatrain_take_lengths(address(lengths), ctypes.byref(count), address(offsets), size, *index),
         numbers,
         size,
     )
     out = np.empty(count.value, values.dtype)
-    library.metatrain_take_values(_address(out), values.itemsize, _address(values), _address(offsets), *index)
+    library.metatrain_take_values(address(out), values.itemsize, address(values), address(offsets), *index)
     return out, lengths
 
 
@@ -126,7 +124,7 @@ def all_below(numbers: np.ndarray, bound: int) -> bool:
     library = kernels()
     if library is None or numbers.dtype != np.int32 or not numbers.flags.c_contiguous:
         return not len(numbers) or bool(numbers.min() >= 0 and numbers.max() < bound)
-    return bool(library.metatrain_all_below(_address(numbers), numbers.size, bound))
+    return bool(library.metatrain_all_below(address(numbers), numbers.size, bound))
 
 
 def all_finite(numbers: np.ndarray) -> bool:
@@ -134,7 +132,7 @@ def all_finite(numbers: np.ndarray) -> bool:
     library = kernels()
     if library is None or numbers.dtype != np.float32 or not numbers.flags.c_contiguous:
         return bool(np.isfinite(numbers).all())
-    return bool(library.metatrain_all_finite(_address(numbers), numbers.size))
+    return bool(library.metatrain_all_finite(address(numbers), numbers.size))
 
 
 #: Up to so many rows of the catalogue an event, looking through marks of them all takes less than sorting the events.
@@ -180,8 +178,8 @@ class LookUp:
             self._items = np.empty(count, np.int32)
         positions, item_bounds = np.empty(count, np.int32), np.empty(steps + 1, np.int64)
         wrong = self._library.metatrain_distinct(
-            *(given.columns, given.runs, steps, self._rows, _address(self._words), _address(self._ranks)),
-            *(_address(self._items), _address(positions), count, _address(item_bounds)),
+            *(given.columns, given.runs, steps, self._rows, address(self._words), address(self._ranks)),
+            *(address(self._items), address(positions), count, address(item_bounds)),
         )
         if wrong >= 0:
             raise IndexError(f"run {wrong} is not within its column, or of items not in the catalogue of {self._rows}")
@@ -248,10 +246,6 @@ def _check_number(wrong: int, numbers: np.ndarray, size: int) -> None:
         raise IndexError(f"there is no row {numbers[wrong]} in a column of {size}")
 
 
-def _address(array: np.ndarray) -> int:
-    return array.__array_interface__["data"][0]  # a third of the time that array.ctypes.data takes
-
-
 def _width(column: np.ndarray) -> int:
     """Bytes of a row."""
     return math.prod(column.shape[1:]) * column.itemsize
@@ -259,17 +253,6 @@ def _width(column: np.ndarray) -> int:
 
 def _index(numbers: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(numbers, None if numbers.dtype in (np.int32, np.int64) else np.int64)
-
-
-class _RUNS(ctypes.Structure):
-    _fields_ = (
-        ("sizes", ctypes.c_void_p),
-        ("columns", ctypes.c_int64),
-        ("which", ctypes.c_void_p),
-        ("starts", ctypes.c_void_p),
-        ("lengths", ctypes.c_void_p),
-        ("count", ctypes.c_int64),
-    )
 
 
 class _Given:
@@ -280,40 +263,7 @@ class _Given:
         self._columns = [np.ascontiguousarray(column) for column in columns]
         self._sizes = (ctypes.c_int64 * count)(*sizes)
         self._runs = [None if part is None else np.ascontiguousarray(part, np.int64) for part in runs]
-        starts, lengths, which = (None if part is None else _address(part) for part in self._runs)
-        self.columns = (ctypes.c_void_p * count)(*map(_address, self._columns))
+        starts, lengths, which = (None if part is None else address(part) for part in self._runs)
+        self.columns = (ctypes.c_void_p * count)(*map(address, self._columns))
         places = (ctypes.addressof(self._sizes), count, which, starts, lengths, len(runs.starts))
-        self.runs = ctypes.byref(_RUNS(*places))
-
-
-@functools.cache  # asked for each column of each batch
-def kernels() -> ctypes.CDLL | None:
-    """The library of `gather.cpp`, built where it is not yet; None: there is none, and numpy serves."""
-    return compiled.loaded(_SOURCE) if compiled.wanted() else None
-
-
-def _bind(library: ctypes.CDLL) -> None:
-    pointer, number, runs = ctypes.c_void_p, ctypes.c_int64, ctypes.POINTER(_RUNS)
-    for name, *types in (
-        ("gather", pointer, number, number, pointer, runs),
-        ("lengths", pointer, number, pointer, pointer, pointer, runs),
-        ("take", pointer, number, pointer, number, pointer, number, number),
-        ("take_lengths", pointer, pointer, pointer, number, pointer, number, number),
-        ("take_values", pointer, number, pointer, pointer, pointer, number, number),
-        ("all_below", pointer, number, number),
-        ("all_finite", pointer, number),
-        ("distinct_words", number),
-        ("distinct", pointer, runs, number, number, pointer, pointer, pointer, pointer, number, pointer),
-    ):
-        function = getattr(library, f"metatrain_{name}")
-        function.argtypes, function.restype = types, number
-
-
-_SOURCE = compiled.Source(
-    Path(__file__).with_name("gather.cpp"),
-    "reader's kernels",
-    _bind,
-    "batches are put together by numpy, which takes a reader a quarter longer",
-    # Calls take microseconds: a reader that gave the interpreter's lock up for each would wait for its read-ahead.
-    library=ctypes.PyDLL,
-)
+        self.runs = ctypes.byref(RUNS(*places))

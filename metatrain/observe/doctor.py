@@ -37,9 +37,9 @@ _NO_KERNELS = (
 _TRY_TABLES = "import fbgemm_gpu, torchrec"
 _TRY_KERNELS = """
 import sys, torch
-from metatrain.data import gather
+from metatrain.data.kernels import kernels
 from metatrain.meta import low_rank_build
-sys.exit(gather.kernels() is None or low_rank_build.kernels(torch.float32, torch.device("cpu")) is None)
+sys.exit(kernels() is None or low_rank_build.kernels(torch.float32, torch.device("cpu")) is None)
 """
 _TRY_RAY = """
 import ray

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from metatrain.data import gather
+from metatrain.data.kernels import kernels
 from tests.data.tiny_dataset import write_tiny_dataset
 
 
@@ -33,7 +33,7 @@ def both_ways(request: pytest.FixtureRequest) -> Iterator[None]:
     """Rows are gathered by the reader's kernels, then by numpy."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("METATRAIN_KERNELS", str(int(request.param)))
-        gather.kernels.cache_clear()
-        assert (gather.kernels() is not None) == request.param, "this machine has no C++ compiler"
+        kernels.cache_clear()
+        assert (kernels() is not None) == request.param, "this machine has no C++ compiler"
         yield
-    gather.kernels.cache_clear()
+    kernels.cache_clear()

@@ -10,6 +10,8 @@ from metatrain.data.episodes import split_events
 from metatrain.data.randomness import hashed
 from metatrain.errors import ConfigError
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 LENGTHS = st.lists(st.integers(0, 25), max_size=12).map(lambda lengths: np.array(lengths, np.int64))
 
 

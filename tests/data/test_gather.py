@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metatrain import compiled
-from metatrain.data import gather as module
 from metatrain.data.columns import Jagged, gathered, take
 from metatrain.data.gather import LookUp, Runs, all_below, all_finite, gather
+from metatrain.data.kernels import kernels
 
 pytestmark = pytest.mark.usefixtures("both_ways")
 
@@ -145,10 +145,10 @@ def test_without_a_compiler_numpy_serves(monkeypatch: pytest.MonkeyPatch, caplog
     monkeypatch.setattr(compiled, "compiler", lambda: None)
     monkeypatch.setattr(compiled, "loaded", compiled.loaded.__wrapped__)
     monkeypatch.setenv("METATRAIN_KERNELS", "1")
-    module.kernels.cache_clear()
+    kernels.cache_clear()
     try:
         assert gather([np.arange(5)], Runs(np.array([1]), np.array([3]))).tolist() == [1, 2, 3]
         assert caplog.text.count("no C++ compiler is here") == 1
         assert "put together by numpy" in caplog.text
     finally:
-        module.kernels.cache_clear()
+        kernels.cache_clear()

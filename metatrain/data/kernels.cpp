@@ -1,9 +1,12 @@
-// Rows gathered from columns, and the distinct items of steps: what a reader does with every event. See gather.py.
+// What a reader does with every event: draws of episodes, rows gathered from columns, the distinct items of steps. See
+// episodes.py and gather.py.
 //
 // What can be wrong with an argument is found here, and told by a number: nothing is read or written outside of arrays.
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 namespace {
 
@@ -130,9 +133,50 @@ struct Bits {
     }
 };
 
+// One counter more in a hash: see randomness.hashed.
+uint64_t hashed(uint64_t state, uint64_t counter) {
+    state = (state ^ counter) + 0x9E3779B97F4A7C15u;
+    state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9u;
+    state = (state ^ (state >> 27)) * 0x94D049BB133111EBu;
+    return state ^ (state >> 31);
+}
+
 }  // namespace
 
 extern "C" {
+
+// Of each task's events first, first + 1, … those of the least draws: `query` of them its query, the next `support` its
+// support; in `out` a task's support, then its query, each ascending. An event's draw is the hash of its task's key and
+// its position, different for all of a task. -1, or the number of the first task with too few events, or too little room.
+int64_t metatrain_draw(int64_t* out, int64_t room, const int64_t* events, const int64_t* first, const int64_t* support,
+                       const int64_t* query, const uint64_t* keys, int64_t tasks) {
+    std::vector<uint64_t> draws, sorted;
+    for (int64_t task = 0; task < tasks; task++) {
+        const int64_t n = events[task], s = support[task], q = query[task];
+        if (s < 0 || q < 0 || s + q > n || (room -= s + q) < 0) return task;
+        const uint64_t key = hashed(0, keys[task]);
+        draws.resize(n);
+        for (int64_t i = 0; i < n; i++) draws[i] = hashed(key, i);
+        sorted = draws;
+        // The least draw that is not chosen, and the least that is not query's; where there is none, all are.
+        auto end = sorted.end();
+        if (s + q < n) std::nth_element(sorted.begin(), end = sorted.begin() + s + q, sorted.end());
+        const bool some = s + q < n, both = s > 0;
+        const uint64_t beyond = some ? *end : 0;
+        if (both) std::nth_element(sorted.begin(), sorted.begin() + q, end);
+        const uint64_t between = both ? sorted[q] : beyond;
+        int64_t *supports = out, *queries = out + s;
+        for (int64_t i = 0; i < n; i++) {
+            if (some && draws[i] >= beyond) continue;
+            if ((both || some) && draws[i] >= between)
+                *supports++ = first[task] + i;
+            else
+                *queries++ = first[task] + i;
+        }
+        out += s + q;
+    }
+    return -1;
+}
 
 // Copies runs of rows behind one another; -1, or the number of the first run that is not within its column.
 int64_t metatrain_gather(char* out, int64_t room, int64_t bytes, const char* const* columns, const Runs* runs) {
