@@ -6,7 +6,7 @@ import ctypes
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,8 +32,13 @@ def gather(columns: Sequence[np.ndarray], runs: Runs) -> np.ndarray:
 
     Raises:
         IndexError: A run that is not within its column.
+        ValueError: Columns that differ in type or width.
     """
     library, first = kernels(), columns[0]
+    for column in columns:
+        if column.dtype != first.dtype or column.shape[1:] != first.shape[1:]:
+            kinds = f"{first.dtype} {first.shape[1:]} and {column.dtype} {column.shape[1:]}"
+            raise ValueError(f"columns of one type and width were expected, not {kinds}")
     if library is None or first.dtype.hasobject:
         return _gather_by_numpy(columns, runs)
     out = np.empty((runs.rows, *first.shape[1:]), first.dtype)
@@ -63,7 +68,7 @@ def gather_jagged(
         return _gather_by_numpy(values, Runs(begins, ends - begins, runs.which)), lengths
     lengths = np.empty(runs.rows, np.int32)
     begins, counts = np.empty((2, len(runs.starts)), np.int64)
-    given = _Given(offsets, [len(own) - 1 for own in offsets], runs)
+    given = _Given(offsets, [len(own) - 1 for own in offsets], runs, np.int64)
     places = (address(part) for part in (begins, counts))
     _check(library.metatrain_lengths(address(lengths), len(lengths), *places, given.columns, given.runs))
     return gather(values, Runs(begins, counts, runs.which)), lengths
@@ -106,7 +111,7 @@ def take_jagged(offsets: np.ndarray, values: np.ndarray, numbers: np.ndarray) ->
         begins = offsets[numbers]
         lengths = offsets[numbers + 1] - begins
         return values[segments(begins, lengths)], lengths.astype(np.int32)
-    offsets, values, numbers = np.ascontiguousarray(offsets), np.ascontiguousarray(values), _index(numbers)
+    offsets, values, numbers = np.ascontiguousarray(offsets, np.int64), np.ascontiguousarray(values), _index(numbers)
     lengths, count = np.empty(len(numbers), np.int32), ctypes.c_int64()
     index = (address(numbers), numbers.itemsize, len(numbers))
     _check_number(
@@ -173,7 +178,7 @@ class LookUp:
         """
         if self._library is None:
             return self._by_numpy(columns, runs, steps)
-        count, given = runs.rows, _Given(columns, list(map(len, columns)), runs)
+        count, given = runs.rows, _Given(columns, list(map(len, columns)), runs, np.int32)
         if len(self._items) < count:
             self._items = np.empty(count, np.int32)
         positions, item_bounds = np.empty(count, np.int32), np.empty(steps + 1, np.int64)
@@ -258,9 +263,9 @@ def _index(numbers: np.ndarray) -> np.ndarray:
 class _Given:
     """Columns and runs as C++ takes them, kept for the length of the call."""
 
-    def __init__(self, columns: Sequence[np.ndarray], sizes: Sequence[int], runs: Runs) -> None:
+    def __init__(self, columns: Sequence[np.ndarray], sizes: Sequence[int], runs: Runs, kind: Any = None) -> None:
         count = len(columns)
-        self._columns = [np.ascontiguousarray(column) for column in columns]
+        self._columns = [np.ascontiguousarray(column, kind) for column in columns]
         self._sizes = (ctypes.c_int64 * count)(*sizes)
         self._runs = [None if part is None else np.ascontiguousarray(part, np.int64) for part in runs]
         starts, lengths, which = (None if part is None else address(part) for part in self._runs)

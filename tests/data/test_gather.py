@@ -134,6 +134,12 @@ def test_numbers_are_checked() -> None:
             assert not all_finite(np.array([[0.5, 1], [wrong, 2]], kind))
 
 
+@pytest.mark.parametrize("other", [np.arange(3, dtype=np.int64), np.zeros((3, 2), np.int32)])
+def test_columns_of_two_kinds_are_not_mixed(other: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="of one type and width"):
+        gather([np.arange(3, dtype=np.int32), other], Runs(np.array([0, 0]), np.array([1, 1]), np.array([0, 1])))
+
+
 def test_objects_keep_their_counts() -> None:
     names = np.array(["a", "b", "c"], object)
     found = gather([names, names], Runs(np.array([1, 0]), np.array([2, 1]), np.array([0, 1])))
