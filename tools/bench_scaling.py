@@ -59,13 +59,16 @@ def over_workers(config: Config, counts: list[int], steps: int, rounds: int) -> 
     configs = [changed(config, data={"tasks_per_step": per_step}) for _, _, per_step in sizes]
     titles = ("", "workers", "tasks/step", "tasks/s", "speed-up", "steps alone", "blocked")
     print("\n{:>8} {:>8} {:>11} {:>10} {:>9} {:>12} {:>8}".format(*titles))
+    # In turns: a busy machine slows all alike, and ratios are taken within a turn.
+    ours = [[bench(sized, n, steps, 1) for (_, n, _), sized in zip(sizes, configs, strict=True)] for _ in range(rounds)]
     rows: list[dict[str, Any]] = []
-    for (kind, workers, per_step), sized in zip(sizes, configs, strict=True):
-        row = {"scaling": kind, **bench(sized, workers, steps, rounds)}
+    for number, (kind, workers, per_step) in enumerate(sizes):
+        row: dict[str, Any] = {"scaling": kind}
+        row |= {name: round(statistics.median(turn[number][name] for turn in ours), 4) for name in ours[0][number]}
         rows.append(row)
         for name in ("loop", "ceiling"):
-            rate = row[f"{name}_tasks_per_second"] / rows[0][f"{name}_tasks_per_second"]
-            row[f"{name}_speed_up"] = round(rate, 3)
+            rates = [turn[number][f"{name}_tasks_per_second"] / turn[0][f"{name}_tasks_per_second"] for turn in ours]
+            row[f"{name}_speed_up"] = round(statistics.median(rates), 3)
         print(
             f"{kind:>8} {workers:>8} {per_step:>11} {row['loop_tasks_per_second']:>10,.0f} "
             f"{row['loop_speed_up']:>8.2f}x {row['ceiling_speed_up']:>11.2f}x "
