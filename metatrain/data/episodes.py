@@ -126,10 +126,11 @@ def _drawn(n: np.ndarray, first: np.ndarray, keys: np.ndarray, support: np.ndarr
     if library is not None:
         events = np.empty(int(support.sum() + query.sum()), np.int64)
         given = [np.ascontiguousarray(part, np.int64) for part in (n, first, support, query)]
-        wrong = library.metatrain_draw(
-            *(address(events), len(events), *map(address, given), address(np.ascontiguousarray(keys)), len(n))
-        )
-        assert wrong < 0, f"task {wrong} has fewer events than are to be drawn"
+        given.append(np.ascontiguousarray(keys, np.uint64))
+        wrong = library.metatrain_draw(address(events), len(events), *map(address, given), len(n))
+        if wrong == -2:
+            raise MemoryError(f"no memory to draw from {n.max()} events of a task")
+        assert wrong == -1, f"task {wrong} has fewer events than are to be drawn"
         return events
     task = np.repeat(np.arange(len(n)), n)
     position = segments(np.zeros_like(n), n)

@@ -80,10 +80,10 @@ def take_rows(column: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     Raises:
         IndexError: A number that the column does not have.
     """
-    library = kernels()
+    library, numbers = kernels(), _index(numbers)
     if library is None or column.dtype.hasobject:
         return column[_numbers_within(numbers, len(column))]
-    column, numbers = np.ascontiguousarray(column), _index(numbers)
+    column = np.ascontiguousarray(column)
     out = np.empty((len(numbers), *column.shape[1:]), column.dtype)
     _check_number(
         library.metatrain_take(
@@ -105,17 +105,19 @@ def take_jagged(offsets: np.ndarray, values: np.ndarray, numbers: np.ndarray) ->
     Raises:
         IndexError: A number that the column does not have.
     """
-    library, size = kernels(), len(offsets) - 1
+    library, size, numbers = kernels(), len(offsets) - 1, _index(numbers)
     if library is None:
         numbers = _numbers_within(numbers, size)
         begins = offsets[numbers]
         lengths = offsets[numbers + 1] - begins
-        return values[segments(begins, lengths)], lengths.astype(np.int32)
-    offsets, values, numbers = np.ascontiguousarray(offsets, np.int64), np.ascontiguousarray(values), _index(numbers)
+        return _gather_by_numpy([values], Runs(begins, lengths)), lengths.astype(np.int32)
+    offsets, values = np.ascontiguousarray(offsets, np.int64), np.ascontiguousarray(values)
     lengths, count = np.empty(len(numbers), np.int32), ctypes.c_int64()
     index = (address(numbers), numbers.itemsize, len(numbers))
     _check_number(
-        library.metatrain_take_lengths(address(lengths), ctypes.byref(count), address(offsets), size, *index),
+        library.metatrain_take_lengths(
+            *(address(lengths), ctypes.byref(count), address(offsets), size, len(values), *index)
+        ),
         numbers,
         size,
     )
@@ -176,6 +178,7 @@ class LookUp:
         Raises:
             IndexError: A run that is not within its column, or a row that the catalogue does not have.
         """
+        assert not steps or len(runs.starts) % steps == 0, "each step has as many runs"
         if self._library is None:
             return self._by_numpy(columns, runs, steps)
         count, given = runs.rows, _Given(columns, list(map(len, columns)), runs, np.int32)
@@ -222,8 +225,11 @@ def _sorted(rows: np.ndarray) -> np.ndarray:
 
 def _gather_by_numpy(columns: Sequence[np.ndarray], runs: Runs) -> np.ndarray:
     starts, lengths, which = runs
-    if (starts < 0).any() or (lengths < 0).any():
-        raise IndexError("a run of rows is not within its column")
+    sizes = np.array(list(map(len, columns)))
+    own = np.zeros_like(starts) if which is None else which
+    within = (own >= 0) & (own < len(sizes)) & (starts >= 0) & (lengths >= 0)
+    within[within] = (starts <= sizes[own.clip(0, len(sizes) - 1)] - lengths)[within]
+    _check(int(np.flatnonzero(~within)[0]) if not within.all() else -1)
     if which is None:
         return columns[0][segments(starts, lengths)]
     ends = np.cumsum(lengths)
@@ -257,6 +263,8 @@ def _width(column: np.ndarray) -> int:
 
 
 def _index(numbers: np.ndarray) -> np.ndarray:
+    if numbers.ndim != 1 or (numbers.dtype.kind not in "iu" and len(numbers)):
+        raise IndexError(f"integers [n] were expected, not {numbers.dtype} {list(numbers.shape)}")
     return np.ascontiguousarray(numbers, None if numbers.dtype in (np.int32, np.int64) else np.int64)
 
 
@@ -265,6 +273,7 @@ class _Given:
 
     def __init__(self, columns: Sequence[np.ndarray], sizes: Sequence[int], runs: Runs, kind: Any = None) -> None:
         count = len(columns)
+        assert all(part is None or len(part) == len(runs.starts) for part in runs), "a run has a start and a length"
         self._columns = [np.ascontiguousarray(column, kind) for column in columns]
         self._sizes = (ctypes.c_int64 * count)(*sizes)
         self._runs = [None if part is None else np.ascontiguousarray(part, np.int64) for part in runs]

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <vector>
 
 namespace {
@@ -147,35 +148,40 @@ extern "C" {
 
 // Of each task's events first, first + 1, … those of the least draws: `query` of them its query, the next `support` its
 // support; in `out` a task's support, then its query, each ascending. An event's draw is the hash of its task's key and
-// its position, different for all of a task. -1, or the number of the first task with too few events, or too little room.
+// its position, different for all of a task. -1; -2: no memory; or the number of the first task with too few events, or
+// too little room.
 int64_t metatrain_draw(int64_t* out, int64_t room, const int64_t* events, const int64_t* first, const int64_t* support,
                        const int64_t* query, const uint64_t* keys, int64_t tasks) {
-    std::vector<uint64_t> draws, sorted;
-    for (int64_t task = 0; task < tasks; task++) {
-        const int64_t n = events[task], s = support[task], q = query[task];
-        if (s < 0 || q < 0 || s + q > n || (room -= s + q) < 0) return task;
-        const uint64_t key = hashed(0, keys[task]);
-        draws.resize(n);
-        for (int64_t i = 0; i < n; i++) draws[i] = hashed(key, i);
-        sorted = draws;
-        // The least draw that is not chosen, and the least that is not query's; where there is none, all are.
-        auto end = sorted.end();
-        if (s + q < n) std::nth_element(sorted.begin(), end = sorted.begin() + s + q, sorted.end());
-        const bool some = s + q < n, both = s > 0;
-        const uint64_t beyond = some ? *end : 0;
-        if (both) std::nth_element(sorted.begin(), sorted.begin() + q, end);
-        const uint64_t between = both ? sorted[q] : beyond;
-        int64_t *supports = out, *queries = out + s;
-        for (int64_t i = 0; i < n; i++) {
-            if (some && draws[i] >= beyond) continue;
-            if ((both || some) && draws[i] >= between)
-                *supports++ = first[task] + i;
-            else
-                *queries++ = first[task] + i;
+    try {
+        std::vector<uint64_t> draws, sorted;
+        for (int64_t task = 0; task < tasks; task++) {
+            const int64_t n = events[task], s = support[task], q = query[task];
+            if (s < 0 || q < 0 || s + q > n || (room -= s + q) < 0) return task;
+            const uint64_t key = hashed(0, keys[task]);
+            draws.resize(n);
+            for (int64_t i = 0; i < n; i++) draws[i] = hashed(key, i);
+            sorted = draws;
+            // The least draw that is not chosen, and the least that is not query's; where there is none, all are.
+            auto end = sorted.end();
+            if (s + q < n) std::nth_element(sorted.begin(), end = sorted.begin() + s + q, sorted.end());
+            const bool some = s + q < n, both = s > 0;
+            const uint64_t beyond = some ? *end : 0;
+            if (both) std::nth_element(sorted.begin(), sorted.begin() + q, end);
+            const uint64_t between = both ? sorted[q] : beyond;
+            int64_t *supports = out, *queries = out + s;
+            for (int64_t i = 0; i < n; i++) {
+                if (some && draws[i] >= beyond) continue;
+                if ((both || some) && draws[i] >= between)
+                    *supports++ = first[task] + i;
+                else
+                    *queries++ = first[task] + i;
+            }
+            out += s + q;
         }
-        out += s + q;
+        return -1;
+    } catch (const std::bad_alloc&) {
+        return -2;
     }
-    return -1;
 }
 
 // Copies runs of rows behind one another; -1, or the number of the first run that is not within its column.
@@ -213,18 +219,20 @@ int64_t metatrain_take(char* out, int64_t bytes, const char* column, int64_t siz
     });
 }
 
-// The lengths of rows of a jagged column by their numbers, and in `values` their sum; else as `metatrain_take`.
-int64_t metatrain_take_lengths(int32_t* out, int64_t* values, const int64_t* offsets, int64_t size, const void* numbers,
-                               int64_t number_bytes, int64_t count) {
+// The lengths of rows of a jagged column with so many values by their numbers, and in `taken` their sum; -1, or the
+// place of the first number that the column does not have, or whose values it does not have.
+int64_t metatrain_take_lengths(int32_t* out, int64_t* taken, const int64_t* offsets, int64_t size, int64_t values,
+                               const void* numbers, int64_t number_bytes, int64_t count) {
     return by_index(numbers, number_bytes, [&](auto index) -> int64_t {
         int64_t all = 0;
         for (int64_t i = 0; i < count; i++) {
             if (index[i] < 0 || index[i] >= size) return i;
-            const int64_t length = offsets[index[i] + 1] - offsets[index[i]];
-            all += length;
-            out[i] = int32_t(length);
+            const int64_t begin = offsets[index[i]], end = offsets[index[i] + 1];
+            if (begin < 0 || end < begin || end > values) return i;
+            all += end - begin;
+            out[i] = int32_t(end - begin);
         }
-        *values = all;
+        *taken = all;
         return -1;
     });
 }

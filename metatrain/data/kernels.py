@@ -44,7 +44,7 @@ def _bind(library: ctypes.CDLL) -> None:
         ("gather", pointer, number, number, pointer, runs),
         ("lengths", pointer, number, pointer, pointer, pointer, runs),
         ("take", pointer, number, pointer, number, pointer, number, number),
-        ("take_lengths", pointer, pointer, pointer, number, pointer, number, number),
+        ("take_lengths", pointer, pointer, pointer, number, number, pointer, number, number),
         ("take_values", pointer, number, pointer, pointer, pointer, number, number),
         ("all_below", pointer, number, number),
         ("all_finite", pointer, number),
@@ -61,6 +61,7 @@ _SOURCE = compiled.Source(
     "reader's kernels",
     _bind,
     "readers put batches together by numpy, at two thirds of the speed, at a third where episodes are random",
-    # Calls take microseconds: a reader that gave the interpreter's lock up for each would wait for its read-ahead.
+    # Calls take microseconds, a window's some milliseconds: a reader that gave the interpreter's lock up for each would
+    # wait for its read-ahead.
     library=ctypes.PyDLL,
 )

@@ -18,6 +18,8 @@ CALLS, UNTIMED = 8, 2
 CALL_BYTES = 16 << 20
 #: With `prefetch: auto`, the least steps to work ahead.
 LEAST_AHEAD = 16
+#: Calls in flight at the most: where epochs have few steps, a call has no more.
+MOST_CALLS = 16
 # Readers are to need less than this share of the trainer's time, so that a slow batch leaves no gap.
 _SHARE = 0.8
 
@@ -44,18 +46,19 @@ class Pace:
         """Takes the bytes of a call's batches, of all readers together."""
         self._step_bytes = max(self._step_bytes, size // max(1, steps))
 
-    def timed(self, steps: int, reading: float, training: float) -> None:
+    def timed(self, steps: int, reading: float, trained: int, training: float) -> None:
         """Takes a call's times.
 
         Args:
             steps: Steps in it.
             reading: Seconds of the slowest reader.
-            training: Seconds that the worker spent on steps since the call before, without its wait for this one.
+            trained: Steps of the call before.
+            training: Seconds that the worker spent on those, without its wait for this call.
         """
         if self._untimed:
             self._untimed -= 1
         else:
-            self._timed.append((reading / steps, training / steps))
+            self._timed.append((reading / steps, training / trained))
 
     def wanted(self) -> int:
         """Readers that would keep up, at most so many as may be; as many as there are until enough was measured."""

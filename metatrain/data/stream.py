@@ -34,7 +34,7 @@ from metatrain.data.assemble import concatenate_batches
 from metatrain.data.batch import TaskBatch, TaskBatches
 from metatrain.data.manifest import ItemSet, Split, read_manifest
 from metatrain.data.nearby import node_for
-from metatrain.data.pace import Pace
+from metatrain.data.pace import MOST_CALLS, Pace
 from metatrain.data.plan import EpochPlan, lanes_of
 from metatrain.data.shards import check_sizes, row_groups
 from metatrain.data.task_reader import MALLOC, TaskReader
@@ -121,7 +121,7 @@ class TaskStream:
         self._mine, self._lanes = mine, _dealt(mine, readers)
         self._pace = Pace(readers, min(data.most_readers, max(1, len(mine))), data.prefetch_memory << 20)
         self._starting: _Starting | None = None
-        self._arrived: float | None = None  # when the call before came
+        self._arrived: tuple[float, int] | None = None  # when the call before came, and its steps
         self._options = {
             "data": data,
             "split": split,
@@ -189,8 +189,9 @@ class TaskStream:
             call = self._queue[0]
             self._pace.sized(call.steps, sum(batches.bytes for batches, _ in parts))
             if self._arrived is not None:
-                self._pace.timed(call.steps, max(seconds for _, seconds in parts), begun - self._arrived)
-            self._arrived = arrived
+                before, trained = self._arrived
+                self._pace.timed(call.steps, max(seconds for _, seconds in parts), trained, begun - before)
+            self._arrived = arrived, call.steps
             self._fill(epoch, step)  # the first batches tell how many of them may be in flight
             self._queue.popleft()
             self._grow()
@@ -217,7 +218,7 @@ class TaskStream:
                 return
             call_steps = self._pace.call(self._data.prefetch, self._call_steps)
             steps = min(call_steps, self.steps(epoch) - step)
-            if in_flight + steps > ahead:
+            if in_flight + steps > ahead or len(self._queue) >= MOST_CALLS:
                 return
             self._call_steps = call_steps
             lanes = self._lanes

@@ -49,8 +49,9 @@ def ray_session(config: Config, address: str | None) -> Iterator[None]:
                 ray.init(address=address, **quiet)
                 session.callback(ray.shutdown)
             else:
-                for name, value in LOCAL_SETTINGS.items():
-                    os.environ.setdefault(name, value)
+                for name in LOCAL_SETTINGS.keys() - os.environ.keys():
+                    os.environ[name] = LOCAL_SETTINGS[name]
+                    session.callback(os.environ.pop, name, None)
                 cpus = max(os.cpu_count() or 1, cpus_of(config) + 1)
                 log.info("starting Ray on this machine (`metatrain doctor` examines it where that takes minutes)")
                 session.enter_context(local_ray(num_cpus=cpus, **quiet))

@@ -78,7 +78,16 @@ def test_rows_are_taken_as_by_a_loop(drawn: tuple[list[Any], Runs], kind: type, 
 
 @pytest.mark.parametrize(
     ("starts", "lengths", "which"),
-    [([-1], [1], [0]), ([0], [-1], [0]), ([2], [2], [0]), ([0], [5], [1]), ([0, 3], [3, 1], [0, 0])],
+    [
+        ([0], [1], [2]),
+        ([0], [1], [-1]),
+        ([9], [0], [0]),
+        ([-1], [1], [0]),
+        ([0], [-1], [0]),
+        ([2], [2], [0]),
+        ([0], [5], [1]),
+        ([0, 3], [3, 1], [0, 0]),
+    ],
 )
 def test_runs_outside_of_a_column_are_refused(starts: list[int], lengths: list[int], which: list[int]) -> None:
     runs = Runs(*(np.array(part, np.int64) for part in (starts, lengths, which)))
@@ -97,6 +106,22 @@ def test_rows_that_are_not_there_are_refused(number: int, kind: type) -> None:
     for column in (np.arange(3.0), Jagged(np.arange(4), np.arange(3, dtype=np.int32))):
         with pytest.raises(IndexError, match=f"no row {number} in a column of 3"):
             take(column, np.array([0, number], kind))
+
+
+@pytest.mark.parametrize("numbers", [np.zeros((2, 2), np.int64), np.array([True, False, True]), np.array([0.0])])
+def test_what_is_not_a_list_of_rows_is_refused(numbers: np.ndarray) -> None:
+    for column in (np.arange(3.0), Jagged(np.arange(4), np.arange(3, dtype=np.int32))):
+        with pytest.raises(IndexError, match=r"integers \[n\] were expected"):
+            take(column, numbers)
+
+
+@pytest.mark.parametrize("offsets", [[0, 4_000_000, 5, 5], [0, 3, 1005, 1005], [-2, 3, 5, 5]])
+def test_offsets_outside_of_the_values_are_refused(offsets: list[int]) -> None:
+    column = Jagged(np.array(offsets), np.arange(5, dtype=np.int32))
+    with pytest.raises((IndexError, ValueError)):
+        take(column, np.array([0, 1]))
+    with pytest.raises((IndexError, ValueError)):
+        gathered([column], Runs(np.array([0, 1]), np.array([1, 1])))
 
 
 @pytest.mark.parametrize("item", [-1, 5, 2**31 - 1])

@@ -10,7 +10,7 @@ from metatrain.data.pace import CALL_BYTES, CALLS, LEAST_AHEAD, UNTIMED, Pace
 
 def timed(pace: Pace, reading: float, training: float, calls: int = UNTIMED + CALLS) -> int:
     for _ in range(calls):
-        pace.timed(2, 2 * reading, 2 * training)
+        pace.timed(2, 2 * reading, 2, 2 * training)
     return pace.wanted()
 
 
@@ -41,6 +41,13 @@ def test_after_a_change_it_is_measured_anew_and_readers_are_never_taken_away() -
     assert timed(pace, 20.0, 10.0) == 4
     pace.no_more()
     assert timed(pace, 20.0, 10.0) == 2
+
+
+def test_calls_that_grow_are_timed_by_their_own_steps() -> None:
+    pace = Pace(1, 4, 1 << 20)
+    for call in range(UNTIMED + CALLS):
+        pace.timed(2 * 2**call, 5.0 * 2 * 2**call, 2**call, 10.0 * 2**call)
+    assert pace.wanted() == 1
 
 
 def test_steps_in_flight_are_bounded_by_their_bytes() -> None:

@@ -12,6 +12,7 @@ import ray
 from metatrain.config import DataConfig, EpisodeConfig
 from metatrain.data import pace
 from metatrain.data.manifest import ItemSet, Split
+from metatrain.data.pace import MOST_CALLS
 from metatrain.data.plan import lanes_of
 from metatrain.data.reader import BatchReader, concatenate_batches
 from metatrain.data.stream import TaskStream
@@ -112,6 +113,15 @@ def test_small_steps_are_made_many_in_one_call(tiny_dataset: Callable[..., str])
         # At a new place it begins again with small ones.
         next(stream.batches(0, 1))
         assert (stream._queue[0].place, stream._queue[0].steps) == ((0, 2), 2)
+
+
+def test_short_epochs_are_not_read_far_ahead(tiny_dataset: Callable[..., str]):
+    one = DATA.model_copy(update={"readers_per_worker": 1, "prefetch": "auto", "tasks_per_step": 400})
+    with contextlib.closing(TaskStream(tiny_dataset(), one, seed=3, num_cpus=0.1)) as stream:
+        assert stream.steps(0) == 1
+        for epoch in range(3):
+            assert len(list(stream.batches(epoch))) == 1
+        assert len(stream._queue) <= MOST_CALLS
 
 
 def test_what_cannot_be_used_is_raised_as_itself(tiny_dataset: Callable[..., str], tmp_path):

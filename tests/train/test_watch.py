@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,12 @@ def test_who_is_asked_to_end_has_not_failed(config: Config, error: BaseException
 def test_a_ray_that_does_not_start_is_told_and_is_the_run_s_end(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name in session.LOCAL_SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    seen: dict[str, str] = {}
+
     def late(**options: object) -> None:
+        seen.update(os.environ)
         raise Exception("The current node timed out during startup.")  # as Ray has it: no kind of its own
 
     monkeypatch.setattr(session.ray, "is_initialized", lambda: False)
@@ -74,3 +80,6 @@ def test_a_ray_that_does_not_start_is_told_and_is_the_run_s_end(
     assert "timed out during startup" in str(caught.value)
     status = read_status(config.run_url)
     assert (status.state, status.why) == ("failed", "Ray cannot be started: The current node timed out during startup.")
+    # What a local Ray's processes are to have in their environment is in the caller's no longer than its session.
+    assert session.LOCAL_SETTINGS.items() <= seen.items()
+    assert not session.LOCAL_SETTINGS.keys() & os.environ.keys()
