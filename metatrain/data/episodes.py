@@ -125,8 +125,8 @@ def _drawn(n: np.ndarray, first: np.ndarray, keys: np.ndarray, support: np.ndarr
     library = kernels()
     if library is not None:
         events = np.empty(int(support.sum() + query.sum()), np.int64)
-        given = [np.ascontiguousarray(part, np.int64) for part in (n, first, support, query)]
-        given.append(np.ascontiguousarray(keys, np.uint64))
+        parts = ((n, np.int64), (first, np.int64), (support, np.int64), (query, np.int64), (keys, np.uint64))
+        given = [np.ascontiguousarray(part, kind) for part, kind in parts]
         wrong = library.metatrain_draw(address(events), len(events), *map(address, given), len(n))
         if wrong == -2:
             raise MemoryError(f"no memory to draw from {n.max()} events of a task")
