@@ -127,7 +127,8 @@ def assert_as_undisturbed(config: Config) -> None:
     losses, state = trained_here(config)
     got = curve(config, "learning/loss_after")
     assert sorted(got) == list(range(1, STEPS + 1))
-    assert all(got[step + 1] == pytest.approx(loss, rel=1e-5) for step, loss in enumerate(losses))
+    # Another number of workers rounds otherwise, which grows over the steps: most, as a share, in losses near 0.
+    assert all(got[step + 1] == pytest.approx(loss, rel=1e-5, abs=1e-5) for step, loss in enumerate(losses))
     assert_equal_states(state, final_state(config), tolerance=1e-4)
 
 
