@@ -26,6 +26,7 @@ def concatenate_batches(batches: Sequence[TaskBatch]) -> TaskBatch:
         return batches[0]
     every = np.concatenate([b.items for b in batches])
     items, first, position = np.unique(every, return_index=True, return_inverse=True)
+    position = position.astype(np.int32)
     before = np.cumsum([0, *(len(b.items) for b in batches)])
     times = [b.timestamps for b in batches if b.timestamps is not None]
 
@@ -37,9 +38,7 @@ def concatenate_batches(batches: Sequence[TaskBatch]) -> TaskBatch:
         support_lengths=np.concatenate([b.support_lengths for b in batches]),
         query_lengths=np.concatenate([b.query_lengths for b in batches]),
         items=items,
-        event_items=np.concatenate([position[b.event_items + before[i]] for i, b in enumerate(batches)]).astype(
-            np.int32
-        ),
+        event_items=np.concatenate([position[b.event_items + before[i]] for i, b in enumerate(batches)]),
         labels=np.concatenate([b.labels for b in batches]),
         timestamps=np.concatenate(times) if times else None,
         task_features=joined([b.task_features for b in batches]),

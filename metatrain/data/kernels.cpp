@@ -85,7 +85,7 @@ int64_t gather(char* out, int64_t room, const char* const* columns, const Runs& 
 }
 
 // A set of whole numbers as bits, and above every 64 words of bits a word that tells which of them are not 0.
-constexpr int LEVELS = 4;  // 64^5 numbers, more than an int32 has
+constexpr int LEVELS = 4;  // of the highest, looked through whole, all that an int32 can be need 128 words
 
 struct Bits {
     uint64_t* level[LEVELS];

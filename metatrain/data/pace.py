@@ -16,10 +16,8 @@ CALLS, UNTIMED = 8, 2
 #: Bytes of batches that a reader makes in one call, where they are many steps: a call takes a reader about as long as
 #: some hundred tasks do, however small it is.
 CALL_BYTES = 16 << 20
-#: With `prefetch: auto`, the least steps to work ahead.
-LEAST_AHEAD = 16
-#: Calls in flight at the most: where epochs have few steps, a call has no more.
-MOST_CALLS = 16
+#: With `prefetch: auto`, the least steps to work ahead, and the most calls in flight: a call ends with its epoch.
+LEAST_AHEAD = MOST_CALLS = 16
 # Readers are to need less than this share of the trainer's time, so that a slow batch leaves no gap.
 _SHARE = 0.8
 

@@ -218,7 +218,8 @@ class TaskStream:
                 return
             call_steps = self._pace.call(self._data.prefetch, self._call_steps)
             steps = min(call_steps, self.steps(epoch) - step)
-            if in_flight + steps > ahead or len(self._queue) >= MOST_CALLS:
+            # Without a number of steps, epochs of few steps would be asked for by the thousand.
+            if in_flight + steps > ahead or (self._data.prefetch == "auto" and len(self._queue) >= MOST_CALLS):
                 return
             self._call_steps = call_steps
             lanes = self._lanes
