@@ -5,7 +5,8 @@
 `--workers`: strong is the same global batch for any number of workers, weak the same number of tasks a worker. The
 rates of bench_train.py: `steps alone` are the workers' steps without readers, beside Ray's processes. Blocked is the
 share of their time in which a worker's thread did not compute, because it waited for another rank or another process
-had its core. Then the same steps without Ray (bench_ranks.py), in turns, as on a machine with cores to spare.
+had its core. Then the same steps without Ray (bench_ranks.py), as on a machine with cores to spare, in short turns; and
+beside them as many processes that exchange nothing: what the machine gives, where cores share memory and a host.
 
 `--users`: items grow in proportion, or are `--items`, for all sizes the same: tables and the catalogue grow with the
 items, nothing should with the users. Row groups have 512 tasks, as a large dataset's have by default. Each stage's
@@ -31,12 +32,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from bench_common import OF_ITS_OWN, PeakMemory, changed, synthetic_recipe, write_json
-from bench_ranks import on_ranks, rank_of
-from bench_train import RESIDENT, bench
+from bench_ranks import Team
+from bench_train import bench
 
 from metatrain import storage
 from metatrain.config import Config
@@ -47,6 +47,9 @@ from metatrain.train.launch import launch
 from metatrain.train.worker import Seat, Training
 
 RESULT = "rates.json"
+TITLES = ("workers", "tasks/step", "tasks/s", "speed-up", "steps alone", "blocked")
+#: Steps without Ray until the next number of workers has its turn: short, for a shared machine changes within seconds.
+IN_A_TURN = 10
 
 
 def over_workers(config: Config, counts: list[int], steps: int, rounds: int) -> list[dict[str, Any]]:
@@ -57,8 +60,7 @@ def over_workers(config: Config, counts: list[int], steps: int, rounds: int) -> 
     sizes = [("one", base, tasks), *(("strong", n, tasks) for n in counts[1:])]
     sizes += [("weak", n, tasks * n // base) for n in counts[1:]]
     configs = [changed(config, data={"tasks_per_step": per_step}) for _, _, per_step in sizes]
-    titles = ("", "workers", "tasks/step", "tasks/s", "speed-up", "steps alone", "blocked")
-    print("\n{:>8} {:>8} {:>11} {:>10} {:>9} {:>12} {:>8}".format(*titles))
+    print("\n{:>8} {:>8} {:>11} {:>10} {:>9} {:>12} {:>8}".format("", *TITLES))
     # In turns: a busy machine slows all alike, and ratios are taken within a turn.
     ours = [[bench(sized, n, steps, 1) for (_, n, _), sized in zip(sizes, configs, strict=True)] for _ in range(rounds)]
     rows: list[dict[str, Any]] = []
@@ -75,35 +77,35 @@ def over_workers(config: Config, counts: list[int], steps: int, rounds: int) -> 
             f"{row['ceiling_blocked_ms'] / row['ceiling_step_ms']:>8.1%}",
             flush=True,
         )
-    turns = [
-        [on_ranks(apart, n, sized, steps)[0] for (_, n, _), sized in zip(sizes, configs, strict=True)]
-        for _ in range(rounds)
-    ]
-    print("\nwithout Ray {:>4} {:>11} {:>10} {:>9}".format("", "tasks/step", "tasks/s", "speed-up"))
-    for number, (kind, workers, per_step) in enumerate(sizes):
-        row, rate = rows[number], statistics.median(turn[number] for turn in turns)
-        row["apart_tasks_per_second"] = round(rate, 1)
-        row["apart_speed_up"] = round(statistics.median(turn[number] / turn[0] for turn in turns), 3)
-        print(f"{kind:>8} {workers:>8} {per_step:>10} {rate:>10,.0f} {row['apart_speed_up']:>8.2f}x", flush=True)
+    without_ray(sizes, configs, rows, steps, rounds)
     return rows
 
 
-def apart(rank: int, world_size: int, folder: str, config: Config, steps: int) -> float:
-    """What every rank does without Ray: steps on batches in memory. Tasks a second, of all ranks."""
-    with rank_of(config, rank, world_size, folder) as this:
-        resident = [this.read(step) for step in range(RESIDENT)]
-        batches = [resident[i % RESIDENT] for i in range(steps)]
-        tasks = torch.tensor(sum(batch.size for batch in batches))
-        dist.all_reduce(tasks)
-        seconds = math.nan
-        for _ in range(2):  # the first one warms up
-            dist.barrier()
-            begun = time.perf_counter()
-            for i, batch in enumerate(batches):
-                this.loop.step(batch, i, batches[i + 1] if i + 1 < steps else None)
-            dist.barrier()
-            seconds = time.perf_counter() - begun
-    return int(tasks) / seconds
+def without_ray(
+    sizes: list[tuple[str, int, int]], configs: list[Config], rows: list[dict[str, Any]], steps: int, rounds: int
+) -> None:
+    """Adds to the rows the same steps without Ray, and those of as many processes that exchange nothing."""
+    joined = [Team(config, n, IN_A_TURN) for (_, n, _), config in zip(sizes, configs, strict=True)]
+    alone = [
+        Team(changed(config, data={"tasks_per_step": size // n}), n, IN_A_TURN, apart=True)
+        for (_, n, size), config in zip(sizes[1:], configs[1:], strict=True)
+    ]
+    turns = max(1, rounds * steps // IN_A_TURN)
+    rates = [[team.turn() for team in (*joined, *alone)] for _ in range(turns)]
+    for team in (*joined, *alone):
+        team.close()
+    print(f"\nwithout Ray, {turns} turns of {IN_A_TURN} steps")
+    print("{:>8} {:>8} {:>11} {:>10} {:>9} {:>19}".format("", *TITLES[:4], "exchanging nothing"))
+    for number, ((kind, workers, per_step), row) in enumerate(zip(sizes, rows, strict=True)):
+        rate = statistics.median(turn[number] for turn in rates)
+        row["without_ray_tasks_per_second"] = round(rate, 1)
+        row["without_ray_speed_up"] = round(statistics.median(turn[number] / turn[0] for turn in rates), 3)
+        print(f"{kind:>8} {workers:>8} {per_step:>11} {rate:>10,.0f} {row['without_ray_speed_up']:>8.2f}x", end="")
+        if number:
+            beside = len(sizes) + number - 1
+            row["apart_speed_up"] = round(statistics.median(turn[beside] / turn[0] for turn in rates), 3)
+            print(f" {row['apart_speed_up']:>18.2f}x", end="")
+        print(flush=True)
 
 
 def trained(config: Config, seat: Seat) -> None:

@@ -30,6 +30,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from bench_common import changed, synthetic_recipe, write_json
+from bench_ranks import RESIDENT
 
 from metatrain import storage
 from metatrain.config import Config
@@ -40,7 +41,6 @@ from metatrain.train.launch import launch
 from metatrain.train.step import OuterLoop
 from metatrain.train.worker import Seat, Training
 
-RESIDENT = 8  # batches in memory for the ceiling
 RESULT = "bench.json"
 
 

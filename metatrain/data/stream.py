@@ -9,7 +9,6 @@ call on: earlier calls end with those that were asked.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
@@ -37,8 +36,9 @@ from metatrain.data.nearby import node_for
 from metatrain.data.pace import MOST_CALLS, Pace
 from metatrain.data.plan import EpochPlan, lanes_of
 from metatrain.data.shards import check_sizes, row_groups
-from metatrain.data.task_reader import MALLOC, TaskReader
+from metatrain.data.task_reader import TaskReader
 from metatrain.errors import MetatrainError, TrainingError
+from metatrain.malloc import with_malloc
 
 log = logging.getLogger(__name__)
 
@@ -315,8 +315,7 @@ class TaskStream:
             turn = self._mine[0] if self._mine else 0
             node = node_for(ray.nodes(), available_resources_per_node(), node, num_cpus, turn)
         there = NodeAffinitySchedulingStrategy(node, soft=True, _spill_on_unavailable=True)
-        # An environment of its own takes a process of its own, not one of those that Ray has ready.
-        own: dict[str, Any] = {} if MALLOC.keys() <= os.environ.keys() else {"runtime_env": {"env_vars": MALLOC}}
+        own: dict[str, Any] = {"runtime_env": environment} if (environment := with_malloc()) else {}
         placed = ray.remote(TaskReader).options(num_cpus=num_cpus, max_restarts=0, scheduling_strategy=there, **own)
         return placed.remote(self._url, self._options)
 

@@ -12,16 +12,6 @@ from metatrain import faults
 from metatrain.data.batch import TaskBatches
 from metatrain.data.reader import BatchReader
 
-#: How glibc's malloc is to work in a reader, which makes and drops some megabytes with every call. Else the kernel
-#: would give them anew, page by page; and where a walk through page tables is slow, as on virtual machines, reading and
-#: writing would wait for pages of 4 KiB. What is kept is what the largest call took. Other systems ignore it.
-MALLOC = {
-    "GLIBC_TUNABLES": ":".join(
-        f"glibc.malloc.{name}={value}"
-        for name, value in (("hugetlb", 1), ("mmap_threshold", 32 << 20), ("trim_threshold", 1 << 30))
-    )
-}
-
 
 class TaskReader:
     """The actor around a `BatchReader`. It holds nothing that the plan cannot rebuild."""

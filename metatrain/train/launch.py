@@ -27,6 +27,7 @@ from metatrain.config import Config, to_yaml, validated
 from metatrain.data.manifest import Split
 from metatrain.data.quarantine import BadShards
 from metatrain.errors import MetatrainError, TrainingError
+from metatrain.malloc import with_malloc
 from metatrain.train.checks import check, finished, located
 from metatrain.train.elastic import Trainer
 from metatrain.train.footprint import check_machine
@@ -163,6 +164,7 @@ def _fit(config: Config, work: Callable[[Config, Seat], None], watch: Watch) -> 
                 # Of starting the workers: time for a cluster to grow, but not for ever.
                 controller_failure_limit=attempts,
             ),
+            worker_runtime_env=with_malloc(),
             logging_config=LoggingConfig(log_level="ERROR"),
             # Ray Train takes callbacks of its controller too, though the type names only one kind.
             callbacks=cast(Any, [Overseer(teller)]),

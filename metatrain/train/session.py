@@ -17,16 +17,16 @@ from metatrain import storage
 from metatrain.config import Config
 from metatrain.data.dataset import TaskDataset
 from metatrain.data.stream import READER_CPUS
-from metatrain.data.task_reader import MALLOC
 from metatrain.errors import ConfigError, MetatrainError
 from metatrain.local_ray import local_ray
+from metatrain.malloc import MALLOC
 from metatrain.model.table_plan import Workers, size
 from metatrain.train.footprint import check_fits, footprint
 
 log = logging.getLogger("metatrain")
 
 #: Settings of Ray Train for a machine that nobody takes away: no watcher for that, and a sooner look at the workers.
-#: And for all its processes what readers need, who are then among those that Ray has ready.
+#: And for all its processes what workers and readers need, who are then among those that Ray has ready.
 LOCAL_SETTINGS = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",

@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 from metatrain.config import Config, load_config
+from metatrain.malloc import MALLOC
 from metatrain.train.launch import launch
 
 
@@ -23,6 +24,7 @@ def main(recipe: str, address: str, seconds: float, until: str) -> None:
             time.sleep(0.0 if os.path.exists(until) else seconds)
             return step(self, *args, **options)
 
+        assert MALLOC.keys() <= os.environ.keys(), "a worker's malloc is set on any cluster"
         OuterLoop.step = slow
         train(config, seat)
 

@@ -20,6 +20,7 @@ from metatrain.checkpoint import committed_steps, read_marker
 from metatrain.config import Config, to_yaml
 from metatrain.data.dataset import TaskDataset
 from metatrain.data.manifest import Split
+from metatrain.malloc import MALLOC
 from metatrain.model.build import build_model
 from metatrain.model.sharding import distribute
 from metatrain.train.audit import audit
@@ -74,7 +75,7 @@ class Run:
                 stdout=log,
                 stderr=log,
                 cwd=folder,
-                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                env={**{k: v for k, v in os.environ.items() if k not in MALLOC}, "PYTHONPATH": str(ROOT)},
             )
 
     def log(self) -> str:
