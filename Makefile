@@ -18,9 +18,15 @@ help:
 demo: setup
 	@$(BIN)/python tools/demo.py
 
-# Fast tests first, then several processes, then Ray, then faults: see tests/conftest.py.
+# Fast tests first, as many at a time as there are cores; then one by one those of several processes, of Ray, and of
+# faults: see tests/conftest.py. PYTEST='FILES AND OPTIONS' runs what it says.
 test: setup-dev
+ifdef PYTEST
 	@$(BIN)/python -m pytest $(PYTEST)
+else
+	@$(BIN)/python -m pytest -m "not processes" -n auto --dist loadfile
+	@$(BIN)/python -m pytest -m processes
+endif
 
 lint: setup-dev
 	$(BIN)/python -m ruff check .

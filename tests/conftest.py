@@ -1,7 +1,8 @@
 """The order of the tests: fast ones first, then several processes, then Ray, then faults.
 
 A mistake in a formula should not wait for a cluster to start. Tests that use Ray in a module that doesn't import it
-carry the mark `ray`.
+carry the mark `ray`. All but the fast ones get the mark `processes`: they wait for others within limits, or take all
+cores, so they run alone.
 """
 
 from __future__ import annotations
@@ -15,13 +16,21 @@ import pytest
 
 from metatrain import collector
 
+if at_once := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    # They share the cores, and so do the processes that they start.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // at_once)))
+
 collector.relax()  # this process imports and collects all there is
 
 _TESTS = Path(__file__).parent
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=_stage)  # stable: within a stage the order is that of collection
+    for item in items:
+        if _stage(item):
+            item.add_marker(pytest.mark.processes)
 
 
 def _stage(item: pytest.Item) -> int:
