@@ -18,14 +18,15 @@ help:
 demo: setup
 	@$(BIN)/python tools/demo.py
 
-# Fast tests first, as many at a time as there are cores; then one by one those of several processes, of Ray, and of
-# faults: see tests/conftest.py. PYTEST='FILES AND OPTIONS' runs what it says.
+# Fast tests first, as many at a time as there are cores; then one by one those of several processes and of Ray; then
+# those of faults, two at a time: see tests/conftest.py. PYTEST='FILES AND OPTIONS' runs what it says.
 test: setup-dev
 ifdef PYTEST
 	@$(BIN)/python -m pytest $(PYTEST)
 else
-	@$(BIN)/python -m pytest -m "not processes" -n auto --dist loadfile
+	@$(BIN)/python -m pytest -m "not processes and not faults" -n auto --dist loadfile
 	@$(BIN)/python -m pytest -m processes
+	@$(BIN)/python -m pytest -m faults -n 2 --dist loadfile --no-loadscope-reorder
 endif
 
 lint: setup-dev

@@ -1,8 +1,9 @@
 """The order of the tests: fast ones first, then several processes, then Ray, then faults.
 
 A mistake in a formula should not wait for a cluster to start. Tests that use Ray in a module that doesn't import it
-carry the mark `ray`. All but the fast ones get the mark `processes`: they wait for others within limits, or take all
-cores, so they run alone.
+carry the mark `ray`. Those with several processes or Ray get the mark `processes`: they wait for others within limits,
+or take all cores, so they run alone. Those of faults get the mark `faults`: they mostly wait, for minutes, within
+limits that allow for a busy machine, so they run two at a time, the longest first.
 """
 
 from __future__ import annotations
@@ -23,20 +24,27 @@ if at_once := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 collector.relax()  # this process imports and collects all there is
 
 _TESTS = Path(__file__).parent
+#: The last stage.
+_FAULTS = 3
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest looks at marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=_stage)  # stable: within a stage the order is that of collection
+    items.sort(key=_order)  # stable: else the order is that of collection
     for item in items:
-        if _stage(item):
-            item.add_marker(pytest.mark.processes)
+        if stage := _stage(item):
+            item.add_marker(pytest.mark.faults if stage == _FAULTS else pytest.mark.processes)
+
+
+def _order(item: pytest.Item) -> tuple[int, float]:
+    limit = item.get_closest_marker("timeout") if _stage(item) == _FAULTS else None
+    return _stage(item), -limit.args[0] if limit else 0.0
 
 
 def _stage(item: pytest.Item) -> int:
     folder = item.path.relative_to(_TESTS).parts[0]
     if folder == "faults" or item.path.name == "test_cluster_run.py":
-        return 3
+        return _FAULTS
     if item.get_closest_marker("ray") or "ray" in vars(getattr(item, "module", item)):
         return 2
     return 1 if folder == "distributed" else 0
