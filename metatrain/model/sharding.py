@@ -28,6 +28,7 @@ from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingEnv,
 
 from metatrain.config import OptimizerConfig
 from metatrain.errors import CheckpointError, MetatrainError
+from metatrain.model.bags import look_up_as_bags
 from metatrain.model.gradient_mean import ONE_BUCKET_MB, average_by_name
 from metatrain.model.replicated import ReplicatedOptimizer
 from metatrain.model.table_plan import FUSED, TablesPlan, Workers, plan_tables
@@ -269,6 +270,7 @@ def distribute(
         data_parallel_wrapper=_DataParallel(),
     )
     model = get_unwrapped_module(wrapped)
+    look_up_as_bags(model)
     tables.initialise()
     stepped = ReplicatedOptimizer(dict(tables.replicated.items()), optimizer.table, optimizer.table_rate, EPSILON)
     return Distributed(wrapped, model, stepped, of_tables, device.type)

@@ -1,7 +1,8 @@
 """Embedding tables: one lookup a step for all features, sharded over the ranks, updated inside backward.
 
 `Tables` alone is an unsharded module that works without a process group (evaluation, recommendation); `sharding`
-shards the tables of a module in place, by a plan of `table_plan`. These three are the only importers of TorchRec.
+shards the tables of a module in place, by a plan of `table_plan`. These three and `bags`, which says how a shard's rows
+are read and updated on CPUs, are the only importers of TorchRec.
 
 Symbols: n_f ids of a feature, K ids of a table in a step (unique ones, where they are deduplicated), D width.
 """

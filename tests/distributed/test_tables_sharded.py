@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,8 +15,11 @@ from gradients import whole
 from meta_reference import made_up_batch, part_of, schema
 from ranks import RankError, run_ranks
 from torch import Tensor, nn
+from torchrec.distributed.batched_embedding_kernel import BatchedFusedEmbedding
+from torchrec.distributed.embedding import ShardedEmbeddingCollection
 
 from metatrain.config import Config, OptimizerConfig
+from metatrain.model import bags, sharding
 from metatrain.model.build import build_model
 from metatrain.model.choices import TableSpec
 from metatrain.model.sharding import OPTIMIZER_PREFIX, distribute
@@ -132,6 +136,32 @@ def test_fused_updates_at_the_rates_that_were_set(trained: list[dict[str, Any]],
     weights = [state["tables.collections.width_4.embeddings.item.weight"] for state in trained[0][f"{kind} {dedup}"]]
     assert torch.equal(weights[1], weights[2])
     assert not torch.equal(weights[0], weights[1])
+
+
+def as_bags_and_as_rows(rank: int, world_size: int) -> dict[str, Any]:
+    """What is trained with the operator for bags, and with TorchRec's own choice."""
+    found: dict[str, Any] = {}
+    for kind in KINDS:
+        found[kind] = [states_of(rank, world_size, kind, dedup=False)]
+        with mock.patch.object(sharding, "look_up_as_bags"):
+            found[kind].append(states_of(rank, world_size, kind, dedup=False))
+    model = distribute(Weighted(False, "meta"), OptimizerConfig()).model
+    lookups = [of for m in model.modules() if isinstance(m, ShardedEmbeddingCollection) for of in m._lookups]
+    kernels = [k for lookup in lookups for k in lookup.modules() if isinstance(k, BatchedFusedEmbedding)]
+    return found | {"kernels": [isinstance(kernel.forward, bags._Bags) for kernel in kernels]}
+
+
+def test_rows_looked_up_as_bags_are_trained_as_torchrec_trains_them() -> None:
+    first, _ = run_ranks(as_bags_and_as_rows, 2)
+    assert first["kernels"] == [True, True]  # one a width
+    for kind in KINDS:
+        for bag, row in zip(*first[kind], strict=True):
+            assert bag.keys() == row.keys()
+            for name, value in bag.items():
+                if kind == "rowwise_adagrad":  # which adds up a row's squares in another order
+                    torch.testing.assert_close(value, row[name], rtol=1e-6, atol=1e-6)
+                else:
+                    assert torch.equal(value, row[name]), (kind, name)
 
 
 def test_initial_rows_are_those_of_one_process(trained: list[dict[str, Any]]) -> None:
