@@ -1,9 +1,9 @@
 """On CPUs: rows of fused tables looked up as bags of one id each, in place of rows without bags.
 
 FBGEMM has two operators for the CPU. The one that TorchRec takes for rows without bags collects every row's gradients
-in a hash map, at some 1.5 µs a row; the one for bags sorts the ids, at 0.1 to 0.2 µs. A bag of one id is its row, and
-both update tables alike. The operator for bags has as many bags for every table, so the tables of a kernel, which lie
-one behind the other in one piece of memory, are taken for one.
+in a hash map, at some 1.5 µs a row; the one for bags sorts the ids, at 0.1 to 0.2 µs (row-wise Adagrad 0.5). A bag of
+one id is its row, and both update tables alike. The operator for bags has as many bags for every table, so the tables
+of a kernel, which lie one behind the other in one piece of memory, are taken for one.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 _STATES = {EmbOptimType.EXACT_SGD: 0, EmbOptimType.EXACT_ADAGRAD: 1, EmbOptimType.EXACT_ROWWISE_ADAGRAD: 1}
+#: FBGEMM's operator for bags numbers a table's rows by 32 bits.
+_MOST_ROWS = 2**31 - 2
 
 
 def look_up_as_bags(module: nn.Module) -> None:
-    """Changes, in place, how the fused tables of a module that lie in main memory are looked up and updated."""
+    """Changes, in place, how a module's fused tables in main memory are looked up and updated."""
     for collection in module.modules():
         if isinstance(collection, ShardedEmbeddingCollection):
             for lookup in collection._lookups:  # in a list, where `modules` does not see them
@@ -32,9 +34,11 @@ def look_up_as_bags(module: nn.Module) -> None:
 
 
 def _alike(kernel: BatchedFusedEmbedding) -> bool:
-    """Whether all its tables are in main memory, of one width, with one feature each, and of a known optimizer."""
+    """Whether its tables lie in main memory, are of one width, have one feature each, and can be taken for one."""
     tables = cast(Any, kernel.emb_module)
     specs = tables.embedding_specs
+    if sum(spec[0] for spec in specs) > _MOST_ROWS:
+        return False
     places, widths = {spec[2] for spec in specs}, {spec[1] for spec in specs}
     one_each = list(tables.feature_table_map) == list(range(len(specs)))
     return places == {EmbeddingLocation.HOST} and len(widths) == 1 and one_each and tables.optimizer in _STATES

@@ -145,16 +145,17 @@ def as_bags_and_as_rows(rank: int, world_size: int) -> dict[str, Any]:
         found[kind] = [states_of(rank, world_size, kind, dedup=False)]
         with mock.patch.object(sharding, "look_up_as_bags"):
             found[kind].append(states_of(rank, world_size, kind, dedup=False))
-    model = distribute(Weighted(False, "meta"), OptimizerConfig()).model
-    lookups = [of for m in model.modules() if isinstance(m, ShardedEmbeddingCollection) for of in m._lookups]
-    kernels = [k for lookup in lookups for k in lookup.modules() if isinstance(k, BatchedFusedEmbedding)]
-    return found | {"kernels": [isinstance(kernel.forward, bags._Bags) for kernel in kernels]}
+        model = distribute(Weighted(False, "meta"), OptimizerConfig(table=kind)).model
+        lookups = [of for m in model.modules() if isinstance(m, ShardedEmbeddingCollection) for of in m._lookups]
+        kernels = [k for lookup in lookups for k in lookup.modules() if isinstance(k, BatchedFusedEmbedding)]
+        found[f"{kind} as bags"] = [isinstance(kernel.forward, bags._Bags) for kernel in kernels]
+    return found
 
 
 def test_rows_looked_up_as_bags_are_trained_as_torchrec_trains_them() -> None:
     first, _ = run_ranks(as_bags_and_as_rows, 2)
-    assert first["kernels"] == [True, True]  # one a width
     for kind in KINDS:
+        assert first[f"{kind} as bags"] == [True, True]  # a kernel a width
         for bag, row in zip(*first[kind], strict=True):
             assert bag.keys() == row.keys()
             for name, value in bag.items():
