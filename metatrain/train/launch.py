@@ -143,6 +143,7 @@ def _fit(config: Config, work: Callable[[Config, Seat], None], watch: Watch) -> 
     storage.make_folder(config.run_url)
     trainer = Trainer(
         _worker_loop,
+        teller=teller,
         train_loop_config={
             "config": config.model_dump(mode="json"),
             "where": config.run_url,

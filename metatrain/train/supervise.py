@@ -21,7 +21,6 @@ from typing import Any, cast
 import ray
 import ray.exceptions
 from ray.train.v2._internal.execution.callback import ControllerCallback
-from ray.train.v2._internal.execution.context import get_train_context
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from metatrain.errors import MetatrainError, TrainingError
@@ -74,6 +73,7 @@ class Watch:
         self._ranks: dict[int, Rank] = {}
         self._furthest, self._at_start, self._fruitless = 0, 0, 0
         self._asked = self._saved = 0
+        self._reason = ""
 
     def begin(self, group: str) -> float:
         """A worker of a group starts. Returns the seconds that it is to wait, equal for all of the group.
@@ -94,13 +94,13 @@ class Watch:
             )
         return backoff(self._fruitless, self._backoff)
 
-    def beat(self, group: str, rank: Rank) -> int:
-        """Takes a heartbeat. Returns the number of the checkpoint that is asked for, 0 if none."""
+    def beat(self, group: str, rank: Rank) -> tuple[int, str]:
+        """Takes a heartbeat. Returns the number of the checkpoint that is asked for, 0 if none, and what it is for."""
         if group == self._group:
             rank.heard = self._clock()
             self._ranks[rank.rank] = rank
             self._furthest = max(self._furthest, rank.step)
-        return self._asked if self._asked > self._saved else 0
+        return (self._asked, self._reason) if self._asked > self._saved else (0, "")
 
     def leave(self, group: str, rank: int) -> None:
         """A worker is at its end, or in an error that it reports itself."""
@@ -123,11 +123,12 @@ class Watch:
         silent = [rank for rank in behind if now - rank.heard > SILENT_SECONDS]
         return silent or behind
 
-    def ask_save(self) -> int:
+    def ask_save(self, reason: str) -> int:
         """Asks the group for a checkpoint. Returns its number, 0 where there is no group that could make one."""
         if not self._live():
             return 0
         self._asked += 1
+        self._reason = reason
         return self._asked
 
     def saved(self, number: int) -> None:
@@ -183,7 +184,7 @@ class Teller:
             self.end_with(error)
             return 0.0
 
-    def beat(self, group: str, rank: Rank) -> int:
+    def beat(self, group: str, rank: Rank) -> tuple[int, str]:
         """As `Watch.beat`."""
         return self._watch.beat(group, rank)
 
@@ -202,9 +203,9 @@ class Teller:
         self._named.update(rank.pid for rank in found)
         return [(rank, rank.described(now)) for rank in found]
 
-    def ask_save(self) -> int:
+    def ask_save(self, reason: str) -> int:
         """As `Watch.ask_save`."""
-        return self._watch.ask_save()
+        return self._watch.ask_save(reason)
 
     def saved(self, number: int) -> None:
         """As `Watch.saved`."""
@@ -241,20 +242,17 @@ def heart(teller: Any, rank: int, pulse: Pulse, asked: Asked) -> Iterator[None]:
     me = {"rank": rank, "pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()}
 
     def beat_on() -> None:
-        wanted, noticed = 0, None
+        wanted = 0
         while not over.is_set():
             now = Rank(
                 **me, step=pulse.step, stage=pulse.stage, count=pulse.count, idle_seconds=pulse.idle_seconds, heard=0.0
             )
             # Where the command is gone, this worker's end is not for this thread to decide.
             with contextlib.suppress(ray.exceptions.RayError):
-                number = cast(int, ray.get(teller.beat.remote(group, now)))
+                number, reason = cast("tuple[int, str]", ray.get(teller.beat.remote(group, now)))
                 if rank == 0 and number > wanted:
                     wanted = number
-                    asked.ask("the worker group is about to change", functools.partial(teller.saved.remote, number))
-            if rank == 0 and (notice := _preemption()) != noticed:
-                noticed = notice
-                asked.ask(f"a node is about to be taken away{_left(notice)}")
+                    asked.ask(reason, functools.partial(teller.saved.remote, number))
             over.wait(BEAT_SECONDS)
 
     thread = threading.Thread(target=beat_on, name="heart", daemon=True)
@@ -264,21 +262,6 @@ def heart(teller: Any, rank: int, pulse: Pulse, asked: Asked) -> Iterator[None]:
     finally:
         over.set()
         teller.leave.remote(group, rank)
-
-
-def _preemption() -> Any:
-    """Ray Train's notice that nodes of this group are to be taken away, as this process has it.
-
-    Not `ray.train.get_preemption_info`, which is a barrier of all workers: here rank 0 looks, and the ranks agree in an
-    exchange that a step has anyway.
-    """
-    return get_train_context().preemption_context.preemption_info
-
-
-def _left(notice: Any) -> str:
-    if notice is None or notice.deadline_ms is None:
-        return ""
-    return f" in {max(0.0, notice.deadline_ms / 1000 - time.time()):.0f} s"
 
 
 # --- beside the launching command ----------------------------------------------------------------------------------
@@ -309,7 +292,7 @@ class Overseer(ControllerCallback):
     def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
         """Waits for a checkpoint where a group is at work: without it, the steps since the last would be done again."""
         with _never_raising():
-            number = cast(int, ray.get(self._teller.ask_save.remote()))
+            number = cast(int, ray.get(self._teller.ask_save.remote("the worker group is about to change")))
             ends = time.monotonic() + SAVE_SECONDS
             while number and time.monotonic() < ends and not ray.get(self._teller.settled.remote(number)):
                 time.sleep(0.2)

@@ -116,22 +116,23 @@ def test_the_wait_is_bounded() -> None:
 def test_a_checkpoint_is_asked_of_a_live_group_alone_and_settled_when_whole_or_nobody_is_left(
     watch: Watch, clock: Clock
 ) -> None:
-    assert watch.ask_save() == 0
+    assert watch.ask_save("a reason") == 0
     watch.begin("a")
-    assert watch.beat("a", rank(0)) == 0
-    number = watch.ask_save()
-    assert watch.beat("a", rank(0)) == number > 0
+    assert watch.beat("a", rank(0)) == (0, "")
+    number = watch.ask_save("a reason")
+    assert watch.beat("a", rank(0)) == (number, "a reason")
+    assert number > 0
     assert not watch.settled(number)
     watch.saved(number)
     assert watch.settled(number)
-    assert watch.beat("a", rank(0)) == 0
-    another = watch.ask_save()
+    assert watch.beat("a", rank(0)) == (0, "")
+    another = watch.ask_save("a reason")
     assert not watch.settled(another)
     watch.leave("a", 0)
     assert watch.settled(another)
     watch.beat("a", rank(0))
     clock.now += supervise.SILENT_SECONDS + 1
-    assert watch.ask_save() == 0, "a group that does not answer makes no checkpoint"
+    assert watch.ask_save("a reason") == 0, "a group that does not answer makes no checkpoint"
 
 
 def test_wishes_are_met_once_and_in_order() -> None:

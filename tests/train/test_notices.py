@@ -1,0 +1,112 @@
+"""What a notice that a node is taken away does to a group, with the nodes and Ray's coordinator made up."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+import ray.train
+from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
+
+from metatrain.train import elastic
+from metatrain.train.elastic import LiveNodesPolicy, NoticedPolicy
+
+
+class Teller:
+    """Keeps what it is told, as the actor does."""
+
+    def __init__(self) -> None:
+        self.said, self.asked = list[str](), list[str]()
+        self.tell = SimpleNamespace(remote=lambda message: self.said.append(message["say"]))
+        self.ask_save = SimpleNamespace(remote=self.asked.append)
+
+
+class Nodes:
+    """Nodes with room for a worker each; those in `leaving` are to be taken away."""
+
+    def __init__(self, names: str) -> None:
+        self.names, self.leaving, self.answers = names, dict[str, int](), True
+
+    def reserved(self) -> dict[str, dict[str, float]] | None:
+        return {name: {"CPU": 1.0} for name in self.names} if self.answers else None
+
+
+@pytest.fixture
+def teller() -> Teller:
+    return Teller()
+
+
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch) -> Nodes:
+    nodes = Nodes("abc")
+    monkeypatch.setattr(elastic.state, "get_draining_nodes", lambda: nodes.leaving)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"NodeID": name, "Alive": True} for name in nodes.names])
+    monkeypatch.setattr(LiveNodesPolicy, "_get_reserved_resources", lambda self: nodes.reserved())
+    for policy in (LiveNodesPolicy, NoticedPolicy):
+        monkeypatch.setattr(policy, "_maybe_send_resource_request", lambda self: None)
+    return nodes
+
+
+def decision(policy: Any, group: str) -> Any:
+    workers = [SimpleNamespace(metadata=SimpleNamespace(node_id=node)) for node in group]
+    state = SimpleNamespace(start_time=float("inf"), workers=workers, num_workers=len(workers))  # it began just now
+    return policy.make_decision_for_running_worker_group(state, None)
+
+
+def of_range(least: int, most: int, teller: Teller) -> LiveNodesPolicy:
+    scaling = ray.train.ScalingConfig(
+        num_workers=(least, most), resources_per_worker={"CPU": 1}, elastic_resize_monitor_interval_s=3600
+    )
+    return LiveNodesPolicy(scaling, teller)
+
+
+@pytest.mark.parametrize(("most", "group", "expected"), [(3, "abc", 2), (2, "ab", 2), (1, "a", 1)])
+def test_a_group_moves_at_once_to_the_nodes_that_stay(
+    most: int, group: str, expected: int, nodes: Nodes, teller: Teller
+) -> None:
+    policy = of_range(1, most, teller)
+    assert isinstance(decision(policy, group), NoopDecision)
+    nodes.leaving = {"a": 0}
+    resize = decision(policy, group)
+    assert isinstance(resize, ResizeDecision)
+    assert resize.num_workers == expected
+    assert not teller.asked, "a change of the group brings its checkpoint"
+    (said,) = teller.said
+    assert said.startswith("a node is about to be taken away (node a): ")
+    assert f"as {expected} worker(s)" in said
+
+
+def test_a_group_without_room_elsewhere_saves_once_and_trains_on(nodes: Nodes, teller: Teller) -> None:
+    policy = of_range(3, 3, teller)
+    nodes.leaving = {"b": 10**15}
+    assert all(isinstance(decision(policy, "abc"), NoopDecision) for _ in range(3))
+    assert len(teller.asked) == len(teller.said) == 1
+    assert teller.asked[0].startswith("a node is about to be taken away in ")
+    assert "take 2 worker(s), of 3 at least" in teller.said[0]
+    nodes.names = "abcd"
+    resize = decision(policy, "abc")
+    assert isinstance(resize, ResizeDecision)
+    assert resize.num_workers == 3
+
+
+def test_a_coordinator_that_does_not_answer_is_asked_again(nodes: Nodes, teller: Teller) -> None:
+    policy = of_range(1, 3, teller)
+    nodes.leaving, nodes.answers = {"a": 0}, False
+    assert isinstance(decision(policy, "abc"), NoopDecision)
+    nodes.answers = True
+    assert isinstance(decision(policy, "abc"), ResizeDecision)
+
+
+def test_a_group_of_fixed_size_saves_at_each_notice_of_its_own_nodes(nodes: Nodes, teller: Teller) -> None:
+    policy = NoticedPolicy(ray.train.ScalingConfig(num_workers=2, resources_per_worker={"CPU": 1}), teller)
+    nodes.leaving = {"c": 0}
+    assert isinstance(decision(policy, "ab"), NoopDecision)
+    assert not teller.said
+    assert not teller.asked
+    for leaving in ({"a": 0}, {"a": 0, "b": 0}):
+        nodes.leaving = leaving
+        assert isinstance(decision(policy, "ab"), NoopDecision)
+        assert isinstance(decision(policy, "ab"), NoopDecision)
+        assert len(teller.said) == len(teller.asked) == len(leaving)
