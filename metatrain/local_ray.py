@@ -15,12 +15,13 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import ray
 import ray._raylet
 from ray._private import ray_constants
+from ray._private.node import Node
 
 #: Set to 1, a local Ray listens on all interfaces.
 OPEN = "METATRAIN_RAY_OPEN"
@@ -31,15 +32,24 @@ _LOOPBACK = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
 # The interface of torch's gloo, which would take the host name's.
 _GLOO = "GLOO_SOCKET_IFNAME"
 _raylet: Any = ray._raylet  # compiled, without types
+_here = False
+
+
+def is_local() -> bool:
+    """Whether the Ray of this process is one of `local_ray`'s: nobody else is on it, and it ends with its block."""
+    return _here
 
 
 @contextmanager
 def local_ray(**options: Any) -> Iterator[None]:
     """A Ray of this process, which ends with the block. Without a dashboard.
 
+    With `log_to_driver=False` it is also without the process that reads all logs, to send them to whoever launched.
+
     Args:
         options: Of `ray.init`.
     """
+    global _here
     before = {name: os.environ.get(name) for name in (_MODE, _TOKEN, _LOOPBACK, _GLOO)}
     enabled = ray_constants.ENABLE_RAY_CLUSTER
     try:
@@ -52,9 +62,12 @@ def local_ray(**options: Any) -> Iterator[None]:
             ray_constants.ENABLE_RAY_CLUSTER = False
             os.environ.setdefault(_GLOO, "lo")
         # "local": without it, Ray would join whatever cluster the environment names.
-        ray.init(address="local", include_dashboard=False, **options)
+        with _no_log_monitor() if options.get("log_to_driver") is False else nullcontext():
+            ray.init(address="local", include_dashboard=False, **options)
+        _here = True
         yield
     finally:
+        _here = False
         ray.shutdown()
         # For a cluster that this process may join later, with a token and an address of its own.
         ray_constants.ENABLE_RAY_CLUSTER = enabled
@@ -65,3 +78,14 @@ def local_ray(**options: Any) -> Iterator[None]:
                 os.environ[name] = value
         _raylet.AuthenticationTokenLoader.instance().reset_cache()
         _raylet.Config.initialize("")
+
+
+@contextmanager
+def _no_log_monitor() -> Iterator[None]:
+    """For a Ray that is started within; `ray.init` has no option for it."""
+    start = Node.start_log_monitor
+    Node.start_log_monitor = lambda self: None
+    try:
+        yield
+    finally:
+        Node.start_log_monitor = start

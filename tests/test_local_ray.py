@@ -35,6 +35,7 @@ def listening():
 before = dict(os.environ)
 with local_ray(num_cpus=1, log_to_driver=False, logging_level=logging.ERROR, object_store_memory=100 * 2**20):
     assert ray.get(ray.remote(lambda: os.environ["RAY_AUTH_MODE"]).remote()) == "token"
+    assert not [pid for pid in descendants(os.getpid()) if b"log_monitor" in open(f"/proc/{pid}/cmdline", "rb").read()]
     hosts = set(listening())
     assert len(hosts) >= 1
     assert hosts <= {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}, hosts

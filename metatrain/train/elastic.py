@@ -17,11 +17,13 @@ import ray
 import ray.train.torch
 from ray._private.state import state
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.constants import ENABLE_PREEMPTION_WATCHER_ENV_VAR
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, FixedScalingPolicy, NoopDecision
 
 from metatrain import collector
+from metatrain.local_ray import is_local
 
 
 class Notices:
@@ -77,6 +79,19 @@ class LiveNodesPolicy(ElasticScalingPolicy):
         return NoopDecision()
 
 
+class LocalPolicy(FixedScalingPolicy):
+    """As Ray's, for a fixed number of workers on a Ray of this machine alone: nobody is asked for nodes.
+
+    Ray's starts an actor that asks an autoscaler: two seconds of a core, and one percent of a core from then on.
+    """
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Asks for nothing."""
+
+    def _maybe_send_resource_request(self) -> None:
+        pass
+
+
 class NoticedPolicy(FixedScalingPolicy):
     """As Ray's, for a fixed number of workers, with a checkpoint at the notice that one of their nodes goes."""
 
@@ -107,15 +122,20 @@ class Trainer(ray.train.torch.TorchTrainer):
         self._teller = teller
 
     def _create_default_callbacks(self) -> list[Any]:
-        # An actor for the datasets of Ray Data would be started with every group. There are none, and a process more
-        # makes every start and restart longer.
-        needed = [made for made in super()._create_default_callbacks() if not isinstance(made, DatasetsCallback)]
+        # Every process more makes every start longer, on a small machine by a second, and takes its part of a core.
+        unneeded: tuple[type, ...] = (DatasetsCallback,)  # an actor for Ray Data, with every group
+        if is_local():
+            unneeded = (*unneeded, PlacementGroupCleanerCallback)  # an actor, for who stays when this run has died
+        needed = [made for made in super()._create_default_callbacks() if not isinstance(made, unneeded)]
         return [RelaxedCollector(), *needed]  # the first, since those behind it import torch
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
         # Ray's watcher, an actor more, would hold the group where it is until the node is gone.
         os.environ[ENABLE_PREEMPTION_WATCHER_ENV_VAR] = "0"  # the controller takes it from here
-        policy = LiveNodesPolicy if self.scaling_config.elasticity_enabled else NoticedPolicy
-        return super()._initialize_and_run_controller(
-            **{**options, "scaling_policy": policy(self.scaling_config, self._teller)}
-        )
+        if self.scaling_config.elasticity_enabled:
+            options["scaling_policy"] = LiveNodesPolicy(self.scaling_config, self._teller)
+        elif is_local():
+            options["scaling_policy"] = LocalPolicy(self.scaling_config)
+        else:
+            options["scaling_policy"] = NoticedPolicy(self.scaling_config, self._teller)
+        return super()._initialize_and_run_controller(**options)

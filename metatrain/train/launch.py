@@ -32,7 +32,7 @@ from metatrain.train.checks import check, finished, located
 from metatrain.train.elastic import Trainer
 from metatrain.train.footprint import check_machine
 from metatrain.train.session import ray_session, worker_cpus
-from metatrain.train.supervise import Overseer, fatal, group_name, heart, kill_hanging, make_teller
+from metatrain.train.supervise import BEAT_SECONDS, Overseer, fatal, group_name, heart, kill_hanging, make_teller
 from metatrain.train.watch import Watch, watching
 from metatrain.train.worker import Seat, train
 
@@ -198,13 +198,19 @@ def _shown(teller: Any, watch: Watch, hang_seconds: float, hung: list[str]) -> I
             watch.take(message)
         watch.tick()
 
+    def kill() -> None:
+        for worker in kill_hanging(teller, hang_seconds):
+            hung.append(worker)
+            told = f"a worker hangs and is killed: {worker}"
+            watch.take({"say": told, "fault": told})
+
     def poll() -> None:
+        looked = time.monotonic()
         while not over.wait(0.5):
             drain()
-            for worker in kill_hanging(teller, hang_seconds) if hang_seconds else []:
-                hung.append(worker)
-                told = f"a worker hangs and is killed: {worker}"
-                watch.take({"say": told, "fault": told})
+            if hang_seconds and time.monotonic() - looked >= BEAT_SECONDS:  # there is nothing new before
+                looked = time.monotonic()
+                kill()
 
     thread = threading.Thread(target=poll, name="progress", daemon=True)
     thread.start()

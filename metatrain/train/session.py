@@ -25,10 +25,9 @@ from metatrain.train.footprint import check_fits, footprint
 
 log = logging.getLogger("metatrain")
 
-#: Settings of Ray Train for a machine that nobody takes away: no watcher for that, and a sooner look at the workers.
-#: And for all its processes what workers and readers need, who are then among those that Ray has ready.
+#: Settings of Ray Train for a machine of its own: a sooner look at the workers. And for all its processes what workers
+#: and readers need, who are then among those that Ray has ready.
 LOCAL_SETTINGS = {
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     **MALLOC,
 }

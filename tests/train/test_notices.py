@@ -11,7 +11,7 @@ import ray.train
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
 
 from metatrain.train import elastic
-from metatrain.train.elastic import LiveNodesPolicy, NoticedPolicy
+from metatrain.train.elastic import LiveNodesPolicy, LocalPolicy, NoticedPolicy, Trainer
 
 
 class Teller:
@@ -110,3 +110,33 @@ def test_a_group_of_fixed_size_saves_at_each_notice_of_its_own_nodes(nodes: Node
         assert isinstance(decision(policy, "ab"), NoopDecision)
         assert isinstance(decision(policy, "ab"), NoopDecision)
         assert len(teller.said) == len(teller.asked) == len(leaving)
+
+
+def local(monkeypatch: pytest.MonkeyPatch, is_local: bool, workers: int | tuple[int, int]) -> tuple[set[str], Any]:
+    """Names of the callbacks, and the policy, of a run on a Ray of this machine alone or on a cluster."""
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(elastic, "is_local", lambda: is_local)
+    monkeypatch.setattr(elastic.os, "environ", {})
+    monkeypatch.setattr(
+        ray.train.torch.TorchTrainer, "_initialize_and_run_controller", lambda self, **options: given.update(options)
+    )
+    trainer = Trainer(print, teller=None, scaling_config=ray.train.ScalingConfig(num_workers=workers))
+    trainer._initialize_and_run_controller(scaling_policy=None)
+    assert elastic.os.environ == {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+    return {type(made).__name__ for made in trainer._create_default_callbacks()}, given["scaling_policy"]
+
+
+def test_a_ray_of_this_machine_alone_has_no_actors_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    callbacks, policy = local(monkeypatch, True, 2)
+    assert isinstance(policy, LocalPolicy)
+    assert not callbacks & {"PlacementGroupCleanerCallback", "DatasetsCallback"}
+    assert "BackendSetupCallback" in callbacks
+    policy.after_controller_start(None)
+    assert isinstance(policy.make_decision_for_non_running_worker_group(), ResizeDecision)
+    assert policy._coordinator_client is None
+
+    assert isinstance(local(monkeypatch, True, (1, 2))[1], LiveNodesPolicy)
+    callbacks, policy = local(monkeypatch, False, 2)
+    assert isinstance(policy, NoticedPolicy)
+    assert "PlacementGroupCleanerCallback" in callbacks
+    assert "DatasetsCallback" not in callbacks
