@@ -142,6 +142,67 @@ uint64_t hashed(uint64_t state, uint64_t counter) {
     return state ^ (state >> 31);
 }
 
+// So few numbers are compared with one another in less time than they are sorted in: no branch depends on them.
+constexpr int64_t FEW = 96;
+constexpr int64_t LANES = 8;
+using Numbers __attribute__((vector_size(LANES * sizeof(uint64_t)))) = uint64_t;
+
+// How many of n numbers are less, for each of them. Both have room, and something in it, up to whole LANES.
+void ranks(uint64_t* out, const uint64_t* numbers, int64_t n) {
+    for (int64_t i = 0; i < n; i += LANES) {
+        Numbers own, less{};
+        std::memcpy(&own, numbers + i, sizeof own);
+        for (int64_t j = 0; j < n; j++) less -= reinterpret_cast<Numbers>(Numbers{} + numbers[j] < own);
+        std::memcpy(out + i, &less, sizeof less);
+    }
+}
+
+// What metatrain_draw needs for one task after another.
+class Draw {
+public:
+    // Writes the chosen events of a task; returns where they end.
+    int64_t* write(int64_t* out, uint64_t key, int64_t n, int64_t first, int64_t support, int64_t query) {
+        const int64_t room = (n + LANES - 1) / LANES * LANES;
+        draws_.resize(room);
+        for (int64_t i = 0; i < n; i++) draws_[i] = hashed(key, i);
+        by_draw_.resize(room);
+        const uint64_t s = support, q = query;
+        if (n <= FEW) {
+            ranks(by_draw_.data(), draws_.data(), n);
+            const auto rank = [this](int64_t i) { return by_draw_[i]; };
+            return split(out, n, first, [&](int64_t i) { return rank(i) < q; }, [&](int64_t i) { return rank(i) - q < s; });
+        }
+        std::copy_n(draws_.begin(), n, by_draw_.begin());
+        // The least draw that is not chosen, and the least that is not query's, where there are such.
+        const auto begin = by_draw_.begin();
+        auto end = begin + n;
+        const bool some = support + query < n, both = support > 0;
+        if (some) std::nth_element(begin, end = begin + support + query, begin + n);
+        const uint64_t beyond = some ? *end : 0;
+        if (both) std::nth_element(begin, begin + query, end);
+        const uint64_t between = both ? by_draw_[query] : beyond;
+        return split(
+            out, n, first, [&](int64_t i) { return !(both || some) || draws_[i] < between; },
+            [&](int64_t i) { return both && draws_[i] >= between && (!some || draws_[i] < beyond); });
+    }
+
+private:
+    // Support, then query; written without a branch, so each has room for what is overwritten by its next event.
+    template <typename IsQuery, typename IsSupport>
+    int64_t* split(int64_t* out, int64_t n, int64_t first, const IsQuery& is_query, const IsSupport& is_support) {
+        supports_.resize(n + 1), queries_.resize(n + 1);
+        int64_t supports = 0, queries = 0;
+        for (int64_t i = 0; i < n; i++) {
+            supports_[supports] = queries_[queries] = first + i;
+            supports += is_support(i), queries += is_query(i);
+        }
+        return std::copy_n(queries_.data(), queries, std::copy_n(supports_.data(), supports, out));
+    }
+
+    std::vector<uint64_t> draws_, by_draw_;
+    std::vector<int64_t> supports_, queries_;
+};
+
 }  // namespace
 
 extern "C" {
@@ -153,30 +214,11 @@ extern "C" {
 int64_t metatrain_draw(int64_t* out, int64_t room, const int64_t* events, const int64_t* first, const int64_t* support,
                        const int64_t* query, const uint64_t* keys, int64_t tasks) {
     try {
-        std::vector<uint64_t> draws, sorted;
+        Draw draw;
         for (int64_t task = 0; task < tasks; task++) {
             const int64_t n = events[task], s = support[task], q = query[task];
             if (s < 0 || q < 0 || s + q > n || (room -= s + q) < 0) return task;
-            const uint64_t key = hashed(0, keys[task]);
-            draws.resize(n);
-            for (int64_t i = 0; i < n; i++) draws[i] = hashed(key, i);
-            sorted = draws;
-            // The least draw that is not chosen, and the least that is not query's; where there is none, all are.
-            auto end = sorted.end();
-            if (s + q < n) std::nth_element(sorted.begin(), end = sorted.begin() + s + q, sorted.end());
-            const bool some = s + q < n, both = s > 0;
-            const uint64_t beyond = some ? *end : 0;
-            if (both) std::nth_element(sorted.begin(), sorted.begin() + q, end);
-            const uint64_t between = both ? sorted[q] : beyond;
-            int64_t *supports = out, *queries = out + s;
-            for (int64_t i = 0; i < n; i++) {
-                if (some && draws[i] >= beyond) continue;
-                if ((both || some) && draws[i] >= between)
-                    *supports++ = first[task] + i;
-                else
-                    *queries++ = first[task] + i;
-            }
-            out += s + q;
+            out = draw.write(out, hashed(0, keys[task]), n, first[task], s, q);
         }
         return -1;
     } catch (const std::bad_alloc&) {

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import metatrain.data.episodes as episodes_module
 from metatrain.config import EpisodeConfig
 from metatrain.data.episodes import split_events
 from metatrain.data.randomness import hashed
@@ -130,6 +131,27 @@ def test_random_draws_are_uniform_over_positions():
     drawn = found.events.reshape(4000, 5) % 10
     assert np.abs(np.bincount(drawn[:, 3:].ravel(), minlength=10) - 800).max() < 130
     assert np.abs(np.bincount(drawn[:, :3].ravel(), minlength=10) - 1200).max() < 150
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(1, 30) | st.integers(90, 110) | st.integers(200, 400), min_size=1, max_size=8),
+    st.sampled_from([1, 3, 20, 64, 150]),
+    st.sampled_from([1, 7, 64, 150]),
+)
+def test_the_least_draws_are_the_query_and_the_next_ones_the_support(lengths, query_max, support_max):
+    """Against a loop, with tasks small enough to be compared event by event and such as are sorted."""
+    episode = EpisodeConfig(by="random", support_min=0, support_max=support_max, query_min=1, query_max=query_max)
+    ordinals = np.arange(len(lengths)) + 7
+    found = split_events(np.array(lengths, np.int64), episode, 3, 1, ordinals)
+    expected, begin = [], 0
+    for n, ordinal in zip(lengths, ordinals, strict=True):
+        draws = hashed(hashed(episodes_module._DRAW, 3, 1, np.array([ordinal])), np.arange(n))
+        order, query = np.argsort(draws), min(query_max, n)
+        support = min(support_max, n - query)
+        expected += [begin + i for part in (order[query : query + support], order[:query]) for i in sorted(part)]
+        begin += n
+    assert found.events.tolist() == expected
 
 
 def test_bounds_that_contradict_are_refused():
