@@ -9,9 +9,11 @@ again after the last checkpoint. Here a group that has room elsewhere saves and 
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import time
-from typing import Any
+from typing import Any, cast
 
 import ray
 import ray.train.torch
@@ -21,31 +23,67 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from ray.train.v2._internal.constants import ENABLE_PREEMPTION_WATCHER_ENV_VAR
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, FixedScalingPolicy, NoopDecision
+from ray.train.v2.api.exceptions import PreemptionError
+from ray.train.v2.api.preemption import PreemptionInfo
 
 from metatrain import collector
 from metatrain.local_ray import is_local
 
+log = logging.getLogger("metatrain")
+
+
+#: Seconds before the end of a node's notice at which a group that stayed there is asked for a checkpoint once more, and
+#: at which it ends. Not at the end itself, where workers that only lost touch with those on the node count as failures.
+LAST_SAVE, BEFORE_THE_END = 15.0, 5.0
+
+
+def leaving_nodes() -> dict[str, int]:
+    """Nodes of which notice was given: until when, Unix time in ms (0: not told)."""
+    try:
+        return cast("dict[str, int]", state.get_draining_nodes())
+    except Exception:  # an error would end the run, for what can be asked again in two seconds
+        log.warning("the nodes that are to be taken away cannot be asked for", exc_info=True)
+        return {}
+
 
 class Notices:
-    """The nodes of a group that are to be taken away; each is told once to whoever follows the run."""
+    """The nodes of a group that are to be taken away. Each is told of once to whoever follows the run."""
 
     def __init__(self, teller: Any) -> None:
-        self._teller, self._told = teller, set[str]()
+        self._teller, self._told, self._asked = teller, set[str](), set[tuple[str, bool]]()
 
     def leaving(self, group: Any) -> dict[str, int]:
-        """Nodes of the group (a `WorkerGroupState`) of which notice was given: until when, in ms (0: not known)."""
+        """Those of the group (a `WorkerGroupState`), as `leaving_nodes` has them."""
         nodes = {worker.metadata.node_id for worker in group.workers}
-        return {node: until for node, until in state.get_draining_nodes().items() if node in nodes}
+        return {node: until for node, until in leaving_nodes().items() if node in nodes}
 
-    def say(self, leaving: dict[str, int], what: str, save: bool) -> None:
-        """Tells of the nodes that were not told of before, and asks the group for a checkpoint where `save` is set."""
+    def say(self, leaving: dict[str, int], what: str) -> None:
+        """Tells of nodes, and what the group does."""
         for node in sorted(leaving.keys() - self._told):
             self._told.add(node)
-            left = f" in {max(0.0, leaving[node] / 1000 - time.time()):.0f} s" if leaving[node] else ""
-            told = f"a node is about to be taken away{left}"
-            self._teller.tell.remote({"say": f"{told} (node {node[:12]}): {what}"})
-            if save:
-                self._teller.ask_save.remote(told)
+            self._teller.tell.remote({"say": f"{_described(leaving[node])} (node {node[:12]}): {what}"})
+
+    def stay(self, group: Any, leaving: dict[str, int]) -> None:
+        """Asks a group that has no other place for a checkpoint, at the notice and before its end.
+
+        Raises:
+            PreemptionError: The end is near: the group is to end, which is no failure.
+        """
+        left = {node: until / 1000 - time.time() if until else math.inf for node, until in leaving.items()}
+        if ended := sorted(node for node in leaving if left[node] < BEFORE_THE_END):
+            nodes = [worker.metadata.node_id for worker in group.workers]
+            ranks = {node: [rank for rank, its in enumerate(nodes) if its == node] for node in ended}
+            raise PreemptionError(PreemptionInfo(min(leaving[node] for node in ended), ranks), drain_timed_out=True)
+        for node in sorted(leaving):
+            wish = node, left[node] < LAST_SAVE
+            # The number is 0 while the group starts: it is asked again.
+            if wish not in self._asked and ray.get(self._teller.ask_save.remote(_described(leaving[node]))):
+                self._asked.add(wish)
+
+
+def _described(until: int) -> str:
+    left = f" in {max(0.0, until / 1000 - time.time()):.0f} s" if until else ""
+    return f"a node is about to be taken away{left}"
 
 
 class LiveNodesPolicy(ElasticScalingPolicy):
@@ -54,9 +92,26 @@ class LiveNodesPolicy(ElasticScalingPolicy):
     def __init__(self, scaling_config: ray.train.ScalingConfig, teller: Any) -> None:
         super().__init__(scaling_config)
         self._notices = Notices(teller)
+        self._lost = 0  # workers for whom nodes are reserved that are about to go
+
+    def _get_num_workers_for_resource_request(self) -> int:
+        return super()._get_num_workers_for_resource_request() + self._lost
+
+    def _get_reserved_resources(self) -> dict[str, Any] | None:
+        if (reserved := super()._get_reserved_resources()) is None:
+            return None
+        leaving = leaving_nodes()
+        lost = super()._count_possible_workers({node: has for node, has in reserved.items() if node in leaving})
+        if lost != self._lost:
+            # In place of those, others: the coordinator reserves no more than it was asked for.
+            self._lost = lost
+            self._send_resource_request()
+            self._latest_reserved_resources_query_time = float("-inf")
+            return super()._get_reserved_resources()
+        return reserved
 
     def _count_possible_workers(self, reserved_resources: dict[str, Any]) -> int:
-        leaving = state.get_draining_nodes()
+        leaving = leaving_nodes()
         staying = {node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving}
         return super()._count_possible_workers({n: has for n, has in reserved_resources.items() if n in staying})
 
@@ -65,17 +120,18 @@ class LiveNodesPolicy(ElasticScalingPolicy):
         if not (leaving := self._notices.leaving(worker_group_state)):
             return super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
         self._maybe_send_resource_request()
-        if (reserved := self._get_reserved_resources()) is None:
-            return NoopDecision()  # who answers that was too busy: asked again in two seconds
-        room, least = self._count_possible_workers(reserved), self.scaling_config.min_workers
-        if room >= least:
-            what = f"the group saves, and goes on as {room} worker(s) on the nodes that stay"
-            self._notices.say(leaving, what, save=False)  # before any change of the group it is asked for a checkpoint
+        # None where who answers that was too busy: it is asked again in two seconds.
+        room = None if (reserved := self._get_reserved_resources()) is None else self._count_possible_workers(reserved)
+        least = self.scaling_config.min_workers
+        if room is not None and room >= least:
+            # Before any change of the group it is asked for a checkpoint.
+            self._notices.say(leaving, f"the group saves, and goes on as {room} worker(s) on the nodes that stay")
             return self._get_resize_decision(room)
-        what = (
-            f"the group saves and trains on until then; the nodes that stay take {room} worker(s), of {least} at least"
-        )
-        self._notices.say(leaving, what, save=True)
+        if room is not None:
+            self._notices.say(
+                leaving, f"the group saves; the others have room for {room} worker(s), of {least} at least"
+            )
+        self._notices.stay(worker_group_state, leaving)
         return NoopDecision()
 
 
@@ -100,9 +156,10 @@ class NoticedPolicy(FixedScalingPolicy):
         self._notices = Notices(teller)
 
     def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
-        """As Ray's: none."""
-        leaving = self._notices.leaving(worker_group_state)
-        self._notices.say(leaving, "the group saves, and trains on until then", save=True)
+        """As Ray's: none. At the end of a notice, the error by which the group starts again."""
+        if leaving := self._notices.leaving(worker_group_state):
+            self._notices.say(leaving, "the group saves, and starts again when the node goes")
+            self._notices.stay(worker_group_state, leaving)
         return super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
 
 

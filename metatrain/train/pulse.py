@@ -1,6 +1,6 @@
 """What a worker says of itself while it trains, and what it is asked for: plain memory between two of its threads.
 
-The training thread says which stage of which step it begins. Another thread (`supervise.Heart`) carries that to where
+The training thread says which stage of which step it begins. Another thread (`supervise.heart`) carries that to where
 all workers are watched, and brings back what is asked.
 """
 

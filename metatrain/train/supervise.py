@@ -73,7 +73,7 @@ class Watch:
         self._ranks: dict[int, Rank] = {}
         self._furthest, self._at_start, self._fruitless = 0, 0, 0
         self._asked = self._saved = 0
-        self._reason = ""
+        self._reason, self._over = "", False
 
     def begin(self, group: str) -> float:
         """A worker of a group starts. Returns the seconds that it is to wait, equal for all of the group.
@@ -86,6 +86,8 @@ class Watch:
                 self._fruitless = 0 if self._furthest > self._at_start else self._fruitless + 1
             self._known.add(group)
             self._group, self._ranks, self._at_start = group, {}, self._furthest
+            self._over = False
+            self._saved = self._asked  # what the group before was asked for
         if self._fruitless >= FRUITLESS_RESTARTS:
             raise TrainingError(
                 f"{self._fruitless} restarts of the workers in a row trained no step that was not trained before.",
@@ -96,7 +98,7 @@ class Watch:
 
     def beat(self, group: str, rank: Rank) -> tuple[int, str]:
         """Takes a heartbeat. Returns the number of the checkpoint that is asked for, 0 if none, and what it is for."""
-        if group == self._group:
+        if group == self._group and not self._over:
             rank.heard = self._clock()
             self._ranks[rank.rank] = rank
             self._furthest = max(self._furthest, rank.step)
@@ -108,8 +110,8 @@ class Watch:
             self._ranks.pop(rank, None)
 
     def over(self) -> None:
-        """The group is gone."""
-        self._ranks = {}
+        """The group is gone, or about to be ended: what is still heard of it does not count."""
+        self._ranks, self._over = {}, True
 
     def hanging(self, seconds: float) -> list[Rank]:
         """The ranks that the group has waited for, for so many seconds without progress."""

@@ -5,9 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import metatrain.data.episodes as episodes_module
 from metatrain.config import EpisodeConfig
-from metatrain.data.episodes import split_events
+from metatrain.data.episodes import _drawn, split_events
 from metatrain.data.randomness import hashed
 from metatrain.errors import ConfigError
 
@@ -135,23 +134,27 @@ def test_random_draws_are_uniform_over_positions():
 
 @settings(deadline=None)
 @given(
-    st.lists(st.integers(1, 30) | st.integers(90, 110) | st.integers(200, 400), min_size=1, max_size=8),
-    st.sampled_from([1, 3, 20, 64, 150]),
-    st.sampled_from([1, 7, 64, 150]),
+    st.lists(
+        st.tuples(
+            st.integers(0, 30) | st.integers(90, 110) | st.integers(200, 400),
+            st.sampled_from([0, 1, 20, 96, 150, 400]),
+            st.sampled_from([0, 1, 7, 64, 400]),
+        ),
+        min_size=1,
+        max_size=8,
+    )
 )
-def test_the_least_draws_are_the_query_and_the_next_ones_the_support(lengths, query_max, support_max):
-    """Against a loop, with tasks small enough to be compared event by event and such as are sorted."""
-    episode = EpisodeConfig(by="random", support_min=0, support_max=support_max, query_min=1, query_max=query_max)
-    ordinals = np.arange(len(lengths)) + 7
-    found = split_events(np.array(lengths, np.int64), episode, 3, 1, ordinals)
-    expected, begin = [], 0
-    for n, ordinal in zip(lengths, ordinals, strict=True):
-        draws = hashed(hashed(episodes_module._DRAW, 3, 1, np.array([ordinal])), np.arange(n))
-        order, query = np.argsort(draws), min(query_max, n)
-        support = min(support_max, n - query)
-        expected += [begin + i for part in (order[query : query + support], order[:query]) for i in sorted(part)]
-        begin += n
-    assert found.events.tolist() == expected
+def test_the_least_draws_are_the_query_and_the_next_ones_the_support(tasks):
+    """Against a loop: of tasks small enough that draws are compared with one another, and of such as are sorted."""
+    n = np.array([task[0] for task in tasks], np.int64)
+    query = np.minimum([task[1] for task in tasks], n)
+    support = np.minimum([task[2] for task in tasks], n - query)
+    keys, first, expected = hashed(3, np.arange(len(n))), np.cumsum(n) - n, []
+    for task in range(len(n)):
+        order = np.argsort(hashed(keys[task : task + 1], np.arange(n[task])))
+        parts = order[query[task] : query[task] + support[task]], order[: query[task]]
+        expected += [first[task] + i for part in parts for i in sorted(part)]
+    assert _drawn(n, first, keys, support, query).tolist() == expected
 
 
 def test_bounds_that_contradict_are_refused():

@@ -113,12 +113,12 @@ class Run:
         self._process.wait()
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> Config:
-    """A recipe of one or two workers, whose checkpoints are those alone that were asked for, and the last one."""
+def recipe_of(tmp_path: Path, workers: Any, max_failures: int) -> Config:
+    """A recipe whose checkpoints are those alone that were asked for, and the last one."""
     write_tiny_dataset(str(tmp_path / "dataset"), users=640, items=60, validation=20)
-    rules: dict[str, Any] = {"epochs": 60, "max_steps": STEPS, "max_failures": 1, "resize_seconds": 2, "audit": True}
-    rules |= {"workers": {"min": 1, "max": 2}, "validate_every": 0, "checkpoint": {"every_steps": 0, "keep": 50}}
+    rules: dict[str, Any] = {"epochs": 60, "max_steps": STEPS, "max_failures": max_failures, "audit": True}
+    rules |= {"workers": workers, "resize_seconds": 2, "validate_every": 0}
+    rules["checkpoint"] = {"every_steps": 0, "keep": 50}
     return recipe(str(tmp_path / "dataset"), str(tmp_path / "runs"), "elastic", rules)
 
 
@@ -153,7 +153,8 @@ def trained_here(config: Config) -> tuple[list[float], dict[str, torch.Tensor]]:
         dist.destroy_process_group()
 
 
-def test_nodes_that_come_go_with_notice_and_die(cluster: Cluster, config: Config, tmp_path: Path) -> None:
+def test_nodes_that_come_go_with_notice_and_die(cluster: Cluster, tmp_path: Path) -> None:
+    config = recipe_of(tmp_path, {"min": 1, "max": 2}, max_failures=1)
     add_node(cluster)
     run = Run(config, tmp_path, cluster.address)
     try:
@@ -175,7 +176,6 @@ def test_nodes_that_come_go_with_notice_and_die(cluster: Cluster, config: Config
         run.finish()
     finally:
         run.kill()
-    assert run.log().count("a node is about to be taken away in ") == 1
     assert run.log().count("the worker group is about to change") == 3
     assert run.sizes() == [1, 2, 1, 1]
     report = audit(config.run_url)
@@ -187,4 +187,28 @@ def test_nodes_that_come_go_with_notice_and_die(cluster: Cluster, config: Config
     assert begins[1:4] == ends[:3]
     assert begins[4] == begins[3]
     assert set(report.redone) == set(range(begins[4], ends[3]))
+    assert_as_undisturbed(config)
+
+
+def test_a_group_of_fixed_size_saves_until_its_node_goes_and_starts_on_another(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    config = recipe_of(tmp_path, 1, max_failures=0)
+    first = add_node(cluster)
+    run = Run(config, tmp_path, cluster.address)
+    try:
+        run.wait(lambda: f"/{STEPS}  " in run.log(), "a step")
+        drain(cluster, first, 40)
+        run.wait(lambda: len(run.sizes()) == 1, "the checkpoint at the notice")
+        add_node(cluster)
+        run.wait(lambda: len(run.sizes()) == 2, "the one before the end")
+        run.wait_for_workers(1, starts=1)
+        run.finish()
+    finally:
+        run.kill()
+    at_notice, before_the_end, _ = committed_steps(config.run_url)
+    report = audit(config.run_url)
+    assert report.exactly_once, str(report)
+    assert [attempt.begins for attempt in report.attempts] == [0, before_the_end]
+    assert at_notice < before_the_end
     assert_as_undisturbed(config)

@@ -2,35 +2,51 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
 import ray.train
-from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
+from ray.train.v2._internal.execution.scaling_policy import (
+    ElasticScalingPolicy,
+    NoopDecision,
+    ResizeDecision,
+    ScalingPolicy,
+)
+from ray.train.v2.api.exceptions import PreemptionError
 
 from metatrain.train import elastic
 from metatrain.train.elastic import LiveNodesPolicy, LocalPolicy, NoticedPolicy, Trainer
 
 
 class Teller:
-    """Keeps what it is told, as the actor does."""
+    """Keeps what it is told, as the actor does; `live` as its group is."""
 
     def __init__(self) -> None:
-        self.said, self.asked = list[str](), list[str]()
+        self.said, self.asked, self.live = list[str](), list[str](), True
         self.tell = SimpleNamespace(remote=lambda message: self.said.append(message["say"]))
-        self.ask_save = SimpleNamespace(remote=self.asked.append)
+        self.ask_save = SimpleNamespace(remote=self._ask_save)
+
+    def _ask_save(self, reason: str) -> int:
+        if self.live:
+            self.asked.append(reason)
+        return len(self.asked) if self.live else 0
 
 
 class Nodes:
-    """Nodes with room for a worker each; those in `leaving` are to be taken away."""
+    """Nodes with room for a worker each, of which the coordinator reserves the first; those in `leaving` are to go."""
 
     def __init__(self, names: str) -> None:
         self.names, self.leaving, self.answers = names, dict[str, int](), True
+        self.requested = 0
 
     def reserved(self) -> dict[str, dict[str, float]] | None:
-        return {name: {"CPU": 1.0} for name in self.names} if self.answers else None
+        return {name: {"CPU": 1.0} for name in self.names[: self.requested]} if self.answers else None
+
+    def request(self, policy: Any) -> None:
+        self.requested = policy._get_num_workers_for_resource_request()
 
 
 @pytest.fixture
@@ -43,9 +59,10 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Nodes:
     nodes = Nodes("abc")
     monkeypatch.setattr(elastic.state, "get_draining_nodes", lambda: nodes.leaving)
     monkeypatch.setattr(ray, "nodes", lambda: [{"NodeID": name, "Alive": True} for name in nodes.names])
-    monkeypatch.setattr(LiveNodesPolicy, "_get_reserved_resources", lambda self: nodes.reserved())
-    for policy in (LiveNodesPolicy, NoticedPolicy):
-        monkeypatch.setattr(policy, "_maybe_send_resource_request", lambda self: None)
+    monkeypatch.setattr(ray, "get", lambda value: value)
+    monkeypatch.setattr(ElasticScalingPolicy, "_get_reserved_resources", lambda self: nodes.reserved())
+    for name in ("_send_resource_request", "_maybe_send_resource_request"):
+        monkeypatch.setattr(ScalingPolicy, name, lambda self: nodes.request(self))
     return nodes
 
 
@@ -84,11 +101,67 @@ def test_a_group_without_room_elsewhere_saves_once_and_trains_on(nodes: Nodes, t
     assert all(isinstance(decision(policy, "abc"), NoopDecision) for _ in range(3))
     assert len(teller.asked) == len(teller.said) == 1
     assert teller.asked[0].startswith("a node is about to be taken away in ")
-    assert "take 2 worker(s), of 3 at least" in teller.said[0]
+    assert "room for 2 worker(s), of 3 at least" in teller.said[0]
+    assert nodes.requested == 4
     nodes.names = "abcd"
     resize = decision(policy, "abc")
     assert isinstance(resize, ResizeDecision)
     assert resize.num_workers == 3
+
+
+def test_a_node_of_which_the_group_has_no_worker_changes_nothing(nodes: Nodes, teller: Teller) -> None:
+    policy = of_range(1, 2, teller)
+    policy.scaling_config.elastic_resize_monitor_interval_s = 0
+    nodes.leaving = {"a": 0}  # which is reserved
+    state = SimpleNamespace(workers=[SimpleNamespace(metadata=SimpleNamespace(node_id=n)) for n in "bc"])
+    state.start_time, state.num_workers = 0.0, 2
+    assert isinstance(policy.make_decision_for_running_worker_group(state, None), NoopDecision)
+    assert not teller.said
+    nodes.names, nodes.leaving = "bc", {}
+    assert isinstance(policy.make_decision_for_running_worker_group(state, None), NoopDecision)
+    assert nodes.requested == 2
+
+
+def test_a_group_that_starts_is_asked_again(nodes: Nodes, teller: Teller) -> None:
+    policy, teller.live = of_range(3, 3, teller), False
+    nodes.leaving = {"b": 0}
+    decision(policy, "abc")
+    assert not teller.asked
+    teller.live = True
+    decision(policy, "abc")
+    decision(policy, "abc")
+    assert (len(teller.asked), len(teller.said)) == (1, 1)
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_a_group_that_stayed_ends_before_its_node_without_a_failure(fixed: bool, nodes: Nodes, teller: Teller) -> None:
+    scaling = ray.train.ScalingConfig(num_workers=3, resources_per_worker={"CPU": 1})
+    policy = NoticedPolicy(scaling, teller) if fixed else of_range(3, 3, teller)
+    nodes.leaving = {"b": int(1000 * (time.time() + 60)), "c": 0}
+    assert isinstance(decision(policy, "abb"), NoopDecision)
+    asked = len(teller.asked)
+    nodes.leaving["b"] -= 50_000
+    for _ in range(2):
+        assert isinstance(decision(policy, "abb"), NoopDecision)
+    assert len(teller.asked) == asked + 1, "what was trained since the notice is saved"
+    nodes.leaving["b"] -= 6_000
+    with pytest.raises(PreemptionError) as caught:
+        decision(policy, "abb")
+    assert caught.value.preemption_info.preempted_node_to_ranks == {"b": [1, 2]}
+
+
+def test_nodes_that_cannot_be_asked_for_end_nothing(
+    nodes: Nodes, teller: Teller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails() -> dict[str, int]:
+        raise RuntimeError("no answer")
+
+    policy = of_range(1, 3, teller)
+    nodes.leaving = {"a": 0}
+    with monkeypatch.context() as patched:
+        patched.setattr(elastic.state, "get_draining_nodes", fails)
+        assert isinstance(decision(policy, "abc"), NoopDecision)
+    assert isinstance(decision(policy, "abc"), ResizeDecision)
 
 
 def test_a_coordinator_that_does_not_answer_is_asked_again(nodes: Nodes, teller: Teller) -> None:

@@ -135,6 +135,19 @@ def test_a_checkpoint_is_asked_of_a_live_group_alone_and_settled_when_whole_or_n
     assert watch.ask_save("a reason") == 0, "a group that does not answer makes no checkpoint"
 
 
+def test_what_is_heard_of_a_group_that_ends_does_not_count_and_its_wishes_are_not_the_next_ones(watch: Watch) -> None:
+    watch.begin("a")
+    watch.beat("a", rank(0))
+    number = watch.ask_save("a reason")
+    watch.over()
+    watch.beat("a", rank(0))
+    assert watch.settled(number), "nobody waits for a checkpoint of it"
+    assert watch.ask_save("another") == 0
+    watch.begin("b")
+    assert watch.beat("b", rank(0)) == (0, "")
+    assert watch.ask_save("another") > number
+
+
 def test_wishes_are_met_once_and_in_order() -> None:
     asked, whole = Asked(), []
     assert asked.pending == 0
