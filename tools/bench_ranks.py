@@ -1,7 +1,7 @@
 """Workers without Ray, readers' processes and curves: one process a rank, joined by gloo, that takes training's steps.
 
 What they measure is the step itself: on a machine with few cores, Ray's own processes and the readers need some too.
-Their malloc is set as that of training's workers.
+Their malloc and Python's collector are set as those of training's workers.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from metatrain import collector
 from metatrain.config import Config
 from metatrain.data.batch import TaskBatch
 from metatrain.data.dataset import TaskDataset
@@ -56,6 +57,7 @@ class Rank:
 @contextmanager
 def rank_of(config: Config, rank: int, world_size: int, folder: str) -> Iterator[Rank]:
     """This process as a rank; the ranks find one another in `folder`."""
+    collector.relax()
     torch.set_num_threads(config.train.threads_per_worker)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size, timeout=timedelta(minutes=10)
