@@ -208,7 +208,7 @@ def _shown(teller: Any, watch: Watch, hang_seconds: float, hung: list[str]) -> I
         looked = time.monotonic()
         while not over.wait(0.5):
             drain()
-            if hang_seconds and time.monotonic() - looked >= BEAT_SECONDS:  # there is nothing new before
+            if hang_seconds and time.monotonic() - looked >= BEAT_SECONDS:  # no worker is heard of sooner
                 looked = time.monotonic()
                 kill()
 
