@@ -1,12 +1,13 @@
 // Runs a recorded low-rank program task by task: low_rank_translate.py has translated it to the operations below.
 //
 // One task's intermediate results are some hundred kilobytes, so they stay in a core's cache from the first operation to
-// the last; torch, which runs each operation over a chunk of tasks, reads and writes them from memory. A thread takes a
-// contiguous range of tasks, and has an arena of its own: nothing is shared but what is read.
+// the last; torch, which runs each operation over a chunk of tasks, reads and writes them from memory. Threads take
+// blocks of tasks, and each has an arena of its own: nothing is shared but what is read, and the sums over all tasks.
 //
 // Vectors are GCC's (and Clang's) vector extensions, so that one source serves every processor.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -700,13 +701,66 @@ struct Call {
     Index every;                // rounds of products' inner loops to a line of the next task's inputs
 };
 
+// Which tasks are whose. Threads take blocks of tasks as they come to them, for cores are not equally quick: others use
+// them too, or share their arithmetic. What blocks sum up is added in the order of the blocks, so that the result is the
+// same bit for bit whichever thread took which.
+template <class T>
+class Blocks {
+  public:
+    // `least` tasks make adding their sums up cheap.
+    Blocks(Index tasks, Index threads, Index least, T *sums, Index summed)
+        : count(among(tasks, threads, least, summed)), tasks_(tasks), sums_(sums), summed_(summed), waits_(count) {
+        std::fill(sums, sums + summed, T(0));
+        if (count > 1) held_ = arenas.take(std::size_t(count * summed) * sizeof(T));  // pages that stay unused cost nothing
+    }
+    ~Blocks() {
+        if (held_.first) arenas.give_back(std::move(held_));
+    }
+
+    const Index count;
+
+    // The next block; `count` or more: there is none.
+    Index take() { return next_.fetch_add(1, std::memory_order_relaxed); }
+    Index first(Index block) const { return block * tasks_ / count; }
+
+    void add(Index block, const T *part) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (block != added_) {
+            std::copy(part, part + summed_, place(block));
+            waits_[block] = true;
+            return;
+        }
+        do {
+            for (Index i = 0; i < summed_; ++i) sums_[i] += part[i];
+            if (++added_ < count) part = place(added_);
+        } while (added_ < count && waits_[added_]);
+    }
+
+  private:
+    static Index among(Index tasks, Index threads, Index least, Index summed) {
+        constexpr Index EACH = 8, FEW = 3, ROOM = Index(64) << 20;  // blocks a thread; bytes of their sums
+        if (threads == 1) return 1;
+        const Index room = ROOM / std::max(summed * Index(sizeof(T)), Index(1));
+        const Index blocks = std::min({EACH * threads, tasks / std::max(least, Index(1)), room});
+        return blocks < FEW * threads ? threads : blocks;
+    }
+    T *place(Index block) { return static_cast<T *>(held_.first.get()) + block * summed_; }
+
+    const Index tasks_;
+    std::atomic<Index> next_{0};
+    T *const sums_;
+    const Index summed_;
+    std::mutex mutex_;
+    Index added_ = 0;          // blocks whose sums are in `sums`
+    std::vector<bool> waits_;  // those whose sums lie at their places
+    Arenas::Arena held_;
+};
+
 // What one thread has: all that it needs is there before it begins.
 template <class T>
 struct Lane {
     Arenas::Arena held;
-    T *arena;
-    std::vector<T *> start;  // of each base, for the task at hand
-    Index first, last;       // tasks
+    std::vector<T *> start;  // of each base, for the task at hand; the first is the thread's arena
 };
 
 template <class T>
@@ -715,31 +769,47 @@ inline void find(const Operation &op, const std::vector<T *> &start, T **p) {
         if (op.at[x].base >= 0) p[x] = start[op.at[x].base] + op.at[x].offset;
 }
 
+// One task, and the inputs of `next` on their way meanwhile; below 0: of none.
 template <class T>
-void take(const Call<T> &call, Lane<T> &lane) noexcept {
-    for (Index task = lane.first; task < lane.last; ++task) {
-        for (Index i = 0; i < call.places; ++i)
-            lane.start[i] = static_cast<T *>(call.bases[i].start) + task * call.bases[i].a_task;
-        lane.start[0] = lane.arena;
-        Ahead ahead{reinterpret_cast<const char *>(lane.arena), -1};
-        const char *end = ahead.at;
-        std::size_t next = task + 1 < lane.last ? 0 : call.inputs.size();
-        for (Index i = 0; i < call.operations; ++i) {
-            if (ahead.at >= end) {
-                const bool more = next < call.inputs.size();
-                ahead.every = more ? call.every - 1 : -1;
-                if (more) {
-                    const Index base = call.inputs[next++], numbers = call.bases[base].a_task;
-                    ahead.at = reinterpret_cast<const char *>(lane.start[base] + numbers);
-                    end = ahead.at + numbers * Index(sizeof(T));
-                }
+void run_task(const Call<T> &call, Lane<T> &lane, Index task, Index next) {
+    const auto part = [&](Index base, Index of) {
+        return static_cast<T *>(call.bases[base].start) + of * call.bases[base].a_task;
+    };
+    for (Index i = 1; i < call.places; ++i) lane.start[i] = part(i, task);
+    Ahead ahead{reinterpret_cast<const char *>(lane.start[0]), -1};
+    const char *end = ahead.at;
+    std::size_t input = next < 0 ? call.inputs.size() : 0;
+    for (Index i = 0; i < call.operations; ++i) {
+        if (ahead.at >= end) {
+            const bool more = input < call.inputs.size();
+            ahead.every = more ? call.every - 1 : -1;
+            if (more) {
+                const Index base = call.inputs[input++];
+                ahead.at = reinterpret_cast<const char *>(part(base, next));
+                end = ahead.at + call.bases[base].a_task * Index(sizeof(T));
             }
-            const Operation &op = call.program[i];
-            T *p[8] = {};
-            find(op, lane.start, p);
-            if (op.kind == PRODUCT && op.variant) find(call.program[++i], lane.start, p + 4);
-            run(op, p, call.rates, &ahead);
         }
+        const Operation &op = call.program[i];
+        T *p[8] = {};
+        find(op, lane.start, p);
+        if (op.kind == PRODUCT && op.variant) find(call.program[++i], lane.start, p + 4);
+        run(op, p, call.rates, &ahead);
+    }
+}
+
+template <class T>
+void take(const Call<T> &call, Blocks<T> &blocks, Index summed, Lane<T> &lane) noexcept {
+    T *const sums = lane.start[0];
+    for (Index block = blocks.take(), after; block < blocks.count; block = after) {
+        std::fill(sums, sums + summed, T(0));
+        const Index end = blocks.first(block + 1);
+        after = blocks.count;
+        for (Index task = blocks.first(block); task < end; ++task) {
+            const bool last = task + 1 == end;
+            if (last) after = blocks.take();
+            run_task(call, lane, task, !last ? task + 1 : after < blocks.count ? blocks.first(after) : -1);
+        }
+        blocks.add(block, sums);
     }
 }
 
@@ -756,29 +826,24 @@ void all_tasks(const Operation *program, Index operations, const Base *bases, In
         if (bases[i].a_task) call.inputs.push_back(i), lines += bases[i].a_task * Index(sizeof(T)) / 64;
     while (call.every < 64 && 2 * call.every * lines < rounds) call.every *= 2;
 
+    // To add a number up takes an eighth of a round: some hundredths of a block's time at most.
+    Blocks<T> blocks(tasks, threads, 6 * summed / std::max(rounds, Index(1)), sums, summed);
     std::vector<Lane<T>> lanes;
     for (Index i = 0; i < threads; ++i) {
-        lanes.push_back({arenas.take(std::size_t(length) * sizeof(T)), nullptr, std::vector<T *>(places),
-                         i * tasks / threads, (i + 1) * tasks / threads});
-        lanes.back().arena = static_cast<T *>(lanes.back().held.first.get());
-        std::fill(lanes.back().arena, lanes.back().arena + summed, T(0));
+        lanes.push_back({arenas.take(std::size_t(length) * sizeof(T)), std::vector<T *>(places)});
+        lanes.back().start[0] = static_cast<T *>(lanes.back().held.first.get());
     }
     std::vector<std::thread> others;
     others.reserve(lanes.size());
-    Index own = 1;  // from here on lanes are left to this thread
     try {
-        for (; own < threads; ++own) others.emplace_back([&call, &lane = lanes[own]] { take(call, lane); });
+        for (Index i = 1; i < threads; ++i)
+            others.emplace_back([&, &lane = lanes[i]] { take(call, blocks, summed, lane); });
     } catch (const std::exception &) {
         // No more threads are to be had: slower, and the same.
     }
-    take(call, lanes[0]);
-    for (Index i = own; i < threads; ++i) take(call, lanes[i]);
+    take(call, blocks, summed, lanes[0]);
     for (std::thread &other : others) other.join();
-    std::fill(sums, sums + summed, T(0));
-    for (Lane<T> &lane : lanes) {
-        for (Index i = 0; i < summed; ++i) sums[i] += lane.arena[i];
-        arenas.give_back(std::move(lane.held));
-    }
+    for (Lane<T> &lane : lanes) arenas.give_back(std::move(lane.held));
 }
 
 }  // namespace
@@ -787,8 +852,8 @@ extern "C" {
 
 std::int64_t metatrain_operation_bytes() { return sizeof(Operation); }
 
-// Runs `program` for every task, in so many threads; `sums` becomes what the first numbers of the threads' arenas of
-// that length hold at the end, added up. bases[0] is the arena. Returns whether there was memory enough.
+// Runs `program` for every task, in so many threads, each with an arena of `length` numbers, which is bases[0]. `sums`
+// becomes what tasks add to its first `summed` numbers. Returns whether there was memory enough.
 std::int64_t metatrain_run(const Operation *program, Index operations, const Base *bases, Index places,
                            const double *rates, Index tasks, Index threads, Index length, NUMBER *sums, Index summed) {
     try {
