@@ -27,6 +27,7 @@ from metatrain.meta.episode import Episodes, Examples, Slots
 from metatrain.meta.layout import Columns, Layout
 from metatrain.model import hashing
 from metatrain.model.choices import TableSpec, chosen_features, table_specs
+from metatrain.model.picking import side_by_side
 from metatrain.model.places import Places, TaskRows, occurrences, picked, places, rows_of_tasks, whole
 
 # Keeps this draw apart from that of `id_dropout`.
@@ -182,14 +183,15 @@ class Featurizer(nn.Module):
         mask = where.mask.to(torch.float32)
         # All buckets' inputs are gathered at once, and each gets a view: one gradient a table row, not one a bucket.
         if represent is None:
-            parts = [picked(task_x, where.task), picked(item_x, items), picked(event_x, where.event)]
-            x, represented = where.split(torch.cat(parts, dim=-1) * mask[:, None]), None
+            tables, indices = (task_x, item_x, event_x), (where.task, items, where.event)
+            x, represented = where.split(side_by_side(tables, indices, where.mask)), None
         else:
             # An event's input is wide, its representation is not: gathered and differentiated, it costs a fraction.
-            represented = where.split(picked(represent(pad(item_x, (task_x.shape[1], 0))), items) * mask[:, None])
+            made = represent(pad(item_x, (task_x.shape[1], 0)))
+            represented = where.split(side_by_side((made,), (items,), where.mask))
             of_tasks = pad(task_x, (0, item_x.shape[1])).unsqueeze(1)
             x = [of_tasks.index_select(0, bucket.tasks) for bucket in where.buckets for _ in range(2)]
-        labels = where.split(picked(batch.labels[:, None], where.event).squeeze(-1) * mask)
+        labels = where.split(side_by_side((batch.labels[:, None],), (where.event,), where.mask).squeeze(-1))
         masks = where.split(mask)
         adapted = {n: self._adapted(f, batch, rows[n], ids[n], where) for n, f in self.adapted.items()}
 

@@ -1,0 +1,92 @@
+"""Rows picked side by side: the kernel against torch, forward, backward and twice backward."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from metatrain.model import picking
+from metatrain.model.picking import side_by_side
+
+
+def by_torch(tables: list[Tensor], indices: list[Tensor], present: Tensor) -> Tensor:
+    with mock.patch.dict(os.environ, METATRAIN_KERNELS="0"):
+        return side_by_side(tables, indices, present)
+
+
+def gradients(pick: Callable[..., Tensor], tables: list[Tensor], indices: list[Tensor], present: Tensor) -> list[Tensor]:
+    """Values, their gradients, and the gradients of a function of these."""
+    leaves = [table.clone().requires_grad_() for table in tables]
+    values = pick(leaves, indices, present)
+    nothing = sum((0 * leaf.sum() for leaf in leaves), torch.zeros(()))  # torch forgets tables without rows
+    first = torch.autograd.grad(values.square().sum() + nothing, leaves, create_graph=True)
+    second = torch.autograd.grad(sum((g.pow(3).sum() for g in first), nothing), leaves)
+    return [values.detach(), *(g.detach() for g in first), *second]
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    places = draw(st.integers(0, 40))
+    sizes = draw(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 20)), min_size=1, max_size=4))
+    present = torch.rand(places, generator=generator) < draw(st.sampled_from([0.0, 0.5, 1.0]))
+    dtype = draw(st.sampled_from([torch.int32, torch.int64]))
+    tables = [torch.randn(rows, width, generator=generator) for rows, width in sizes]
+    indices = [torch.randint(0, max(1, rows), (places,), generator=generator).to(dtype) for rows, _ in sizes]
+    return tables, indices, present
+
+
+@settings(max_examples=150, deadline=None)
+@given(case=cases())
+def test_the_kernel_gives_what_torch_gives(case: tuple[list[Tensor], list[Tensor], Tensor]) -> None:
+    assert picking._library() is not None, "this machine has a compiler"
+    for mine, theirs in zip(gradients(side_by_side, *case), gradients(by_torch, *case), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_what_is_not_contiguous_is_read_as_it_stands() -> None:
+    table, wide = torch.randn(6, 10)[:, ::2], torch.randn(5, 4).t().contiguous().t()
+    indices, present = [torch.tensor([5, 0, 9, 3])[::2] % 6, torch.tensor([1, 4])], torch.tensor([True, True])
+    assert torch.equal(side_by_side([table, wide], indices, present), by_torch([table, wide], indices, present))
+
+
+def large() -> tuple[list[Tensor], list[Tensor], Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    places = 40_000
+    tables = [torch.randn(rows, 24, generator=generator) for rows in (700, 5)]
+    indices = [torch.randint(0, len(table), (places,), generator=generator) for table in tables]
+    return tables, indices, torch.rand(places, generator=generator) < 0.8
+
+
+@pytest.mark.parametrize("threads", [2, 3, 16])
+def test_threads_change_nothing(threads: int) -> None:
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, threads):
+            torch.set_num_threads(count)
+            found.append(gradients(side_by_side, *large()))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, several) for one, several in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("wrong", [-1, 4])
+def test_an_index_outside_of_its_table_is_an_error(wrong: int) -> None:
+    tables, indices = [torch.randn(9, 2), torch.randn(4, 3)], [torch.tensor([8, 0]), torch.tensor([0, wrong])]
+    with pytest.raises(IndexError, match=rf"table 1 have indices .*{wrong}.*4 rows"):
+        side_by_side(tables, indices, torch.tensor([True, True]))
+    # Where nothing is picked, no index is read.
+    assert side_by_side(tables, indices, torch.tensor([True, False]))[1].tolist() == [0.0] * 5
+
+
+def test_other_types_go_by_torch() -> None:
+    tables, indices, present = [torch.randn(4, 3).double()], [torch.tensor([3, 1])], torch.tensor([True, False])
+    assert torch.equal(side_by_side(tables, indices, present), torch.stack([tables[0][3], torch.zeros(3).double()]))
