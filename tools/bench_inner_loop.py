@@ -14,6 +14,10 @@ machine slows all alike; medians over the rounds are shown. `*` marks the engine
 that the products of the low-rank form need at the rates measured for such products alone, in the same rounds, divided
 by the engine's time.
 
+On a machine whose cores others share, `--alone` takes a run again until its cores were its own for nine tenths of it
+(bench_quiet.py), and the quietest of `TRIES` runs where none was: `own` is the median share of the cores' time that this
+machine had to itself.
+
 Large tensors lie on huge pages (torch's THP_MEM_ALLOC_ENABLE=1, set here for all engines; 0: not): on virtual machines
 reading through small ones takes longer than the arithmetic at width 1024.
 """
@@ -23,13 +27,16 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
+import math
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +47,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read at torch's first allo
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from bench_common import versions, write_json
+from bench_quiet import Quiet
 from peers.inner_loops import PEERS, Peer
 
 from metatrain.meta.engine import VmapEngine
@@ -51,6 +59,8 @@ from metatrain.meta.low_rank_products import accumulate, multiply
 from metatrain.model.learners.mlp import MLP
 
 RATE, QUERY, HIDDEN = 0.01, 10, (64, 64)
+#: Runs of an engine in a round, with --alone, and the share of its time that makes one quiet enough.
+TRIES, ALONE = 60, 0.9
 _SQUARED = event_loss("squared")
 
 
@@ -175,7 +185,24 @@ def gradient(learner: nn.Module, run: Callable[[int], object], tasks: int) -> Te
     return found / found.norm()
 
 
-def measure(case: Case, rounds: int, threads: int) -> list[dict[str, object]]:
+def timed(run: Callable[[], object], quiet: Quiet | None) -> tuple[float, float]:
+    """Seconds of a run, and the share of them in which the cores were this machine's alone (NaN: not watched)."""
+    best = (math.nan, -1.0)
+    for _ in range(TRIES if quiet else 1):
+        begun = time.monotonic()
+        run()
+        ended = time.monotonic()
+        if quiet is None:
+            return ended - begun, math.nan
+        share = quiet.share(begun, ended)
+        if share > best[1]:
+            best = ended - begun, share
+        if share >= ALONE:
+            break
+    return best
+
+
+def measure(case: Case, rounds: int, threads: int, quiet: Quiet | None) -> list[dict[str, Any]]:
     """Rows of one configuration."""
     exact = copy.deepcopy(case.learner).double()
     few = min(8, min(n for _, n in case.engines.values()))
@@ -186,19 +213,25 @@ def measure(case: Case, rounds: int, threads: int) -> list[dict[str, object]]:
     expected = gradient(exact, autograd_loop(exact, as_double, case.steps), few)
     errors = {n: float((gradient(case.learner, r, few) - expected).norm()) for n, (r, _) in case.engines.items()}
     seconds: dict[str, list[float]] = {name: [] for name in (*case.engines, *case.ceilings)}
+    own: dict[str, list[float]] = {name: [] for name in seconds}
+
+    def once(name: str, run: Callable[[], object], amount: float) -> None:
+        took, share = timed(run, quiet)
+        seconds[name].append(took / amount)
+        own[name].append(share)
+
     for _ in range(rounds):
         for name, (run, tasks) in case.engines.items():
-            for timed in (False, True):
+
+            def whole(run: Callable[[int], object] = run, tasks: int = tasks) -> None:
                 case.learner.zero_grad(set_to_none=True)
-                start = time.perf_counter()
                 run(tasks)
-                if timed:
-                    seconds[name].append((time.perf_counter() - start) / tasks)
-        for name, (run, operations) in case.ceilings.items():
+
+            whole()
+            once(name, whole, tasks)
+        for name, (product, operations) in case.ceilings.items():
             for _ in range(5):
-                start = time.perf_counter()
-                run()
-                seconds[name].append((time.perf_counter() - start) / operations)
+                once(name, product, operations)
     middle = {name: statistics.median(times) for name, times in seconds.items()}
     # Of the products with shared weights half go forward, half give the weights' gradient.
     shared = (middle["forward"] + middle["weights"]) / 2
@@ -216,6 +249,7 @@ def measure(case: Case, rounds: int, threads: int) -> list[dict[str, object]]:
             "tasks_per_second": round(1 / middle[name], 1),
             "gradient_error": errors[name],
             "share_of_ceiling": round(floor / middle[name], 4),
+            **({"own": round(statistics.median(own[name]), 4)} if quiet else {}),
         }
         for name in case.engines
     ]
@@ -231,6 +265,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=1024, help="tasks of a call of the batched engines")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--alone", action="store_true", help="count runs while no other machine shares the cores")
     parser.add_argument("--json", type=Path, help="write machine, versions, configuration and rows there")
     parser.add_argument("--peers", type=Path, help="folder with the peers' packages (pip install --target)")
     options = parser.parse_args()
@@ -247,22 +282,28 @@ def main() -> None:
             peers[peer.name] = peer
         except ImportError as error:
             print(f"absent: {peer.name} ({error})")
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     titles = ("width", "steps", "support", "engine", "tasks/s", "low_rank is", "error", "ceiling")
-    print("{:>5} {:>5} {:>7}  {:<18} {:>9} {:>11} {:>8} {:>7}".format(*titles))
-    for width, steps, support in itertools.product(options.widths, options.steps, options.supports):
-        found = measure(make_case(width, steps, support, options.tasks, peers), options.rounds, options.threads)
-        rows += found
-        own = found[0]["tasks_per_second"]
-        for row in found:
-            name = f"{row['engine']}{' *' * bool(row['chosen'])}"
-            times = float(own) / float(row["tasks_per_second"])  # type: ignore[arg-type]
-            print(
-                f"{width:>5} {steps:>5} {support:>7}  {name:<18} {row['tasks_per_second']:>9.0f} "
-                f"{times:>10.1f}x {row['gradient_error']:>8.0e} {row['share_of_ceiling']:>7.0%}",
-                flush=True,
-            )
+    print("{:>5} {:>5} {:>7}  {:<18} {:>9} {:>11} {:>8} {:>7}".format(*titles) + "    own" * options.alone)
+    with Quiet() if options.alone else nullcontext() as quiet:
+        for width, steps, support in itertools.product(options.widths, options.steps, options.supports):
+            case = make_case(width, steps, support, options.tasks, peers)
+            rows += show(measure(case, options.rounds, options.threads, quiet))
     write_json(options.json, options, rows, found_versions)
+
+
+def show(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Prints rows of one configuration, and returns them."""
+    own = found[0]["tasks_per_second"]
+    for row in found:
+        name = f"{row['engine']}{' *' * bool(row['chosen'])}"
+        print(
+            f"{row['width']:>5} {row['steps']:>5} {row['support']:>7}  {name:<18} {row['tasks_per_second']:>9.0f} "
+            f"{own / row['tasks_per_second']:>10.1f}x {row['gradient_error']:>8.0e} {row['share_of_ceiling']:>7.0%}"
+            + (f" {row['own']:>6.0%}" if "own" in row else ""),
+            flush=True,
+        )
+    return found
 
 
 if __name__ == "__main__":
