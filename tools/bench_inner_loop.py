@@ -15,8 +15,8 @@ that the products of the low-rank form need at the rates measured for such produ
 by the engine's time.
 
 On a machine whose cores others share, `--alone` takes a run again until its cores were its own for nine tenths of it
-(bench_quiet.py), and the quietest of `TRIES` runs where none was: `own` is the median share of the cores' time that this
-machine had to itself.
+(bench_quiet.py), and the quietest of `TRIES` runs where none was: `own` is the median share of the cores' time that
+this machine had to itself.
 
 Large tensors lie on huge pages (torch's THP_MEM_ALLOC_ENABLE=1, set here for all engines; 0: not): on virtual machines
 reading through small ones takes longer than the arithmetic at width 1024.

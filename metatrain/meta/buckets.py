@@ -11,6 +11,7 @@ three they are 4, 20 and 128::
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -33,6 +34,7 @@ class Bucket(NamedTuple):
 Seconds = Callable[[int, int, int], float]
 
 
+@functools.lru_cache(maxsize=4096)  # asked some hundred times a step
 def rounded(length: int, parts: int = 4) -> int:
     """The next length of a ladder, at least 1; of four parts it is 1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, …
 
@@ -65,10 +67,10 @@ def cut(support: Tensor, query: Tensor, seconds: Seconds) -> list[Bucket]:
     best: list[tuple[float, int, int, int]] = [(0.0, 0, 0, 0)]  # up to an edge: seconds, start, support, query
     for stop in range(1, len(edges)):
         options = []
+        so_far = [0, 0]
         for start in range(stop - 1, -1, -1):
-            padded = [
-                min(rounded(max(of_units[start:stop])), bound) for of_units, bound in zip(longest, most, strict=True)
-            ]
+            so_far = [max(length, of_units[start]) for length, of_units in zip(so_far, longest, strict=True)]
+            padded = [min(rounded(length), bound) for length, bound in zip(so_far, most, strict=True)]
             time = best[start][0] + seconds(edges[stop] - edges[start], *padded)
             options.append((time, start, *padded))
         best.append(min(options))

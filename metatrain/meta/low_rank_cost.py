@@ -7,6 +7,7 @@ matter to the choice.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -179,6 +180,7 @@ class Choice:
     reason: str
 
 
+@functools.lru_cache(maxsize=4096)  # asked for each bucket of each step
 def choose(s: Shapes) -> Choice:
     """The cheaper engine for these shapes."""
     chunk = min(s.tasks, 64)

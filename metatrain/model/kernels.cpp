@@ -1,10 +1,11 @@
-// Rows picked from several tables side by side, and the reverse: see picking.py.
+// Rows picked from several tables side by side, and the reverse; a table's distinct ids: see picking.py.
 //
 // What can be wrong with an argument is found here, and told by a number: nothing is read or written outside of arrays.
 
 #include <algorithm>
 #include <cstdint>
 #include <exception>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -95,9 +96,38 @@ void add(const Places &all, int64_t width, int64_t part, int64_t parts) {
     }
 }
 
+// How many of the set bits come before this one; `before` has that of each word's first bit.
+int64_t rank(const std::vector<uint64_t> &bits, const std::vector<int64_t> &before, int64_t id) {
+    const uint64_t below = bits[id / 64] & ((uint64_t(1) << (id % 64)) - 1);
+    return before[id / 64] + __builtin_popcountll(below);
+}
+
 }  // namespace
 
 extern "C" {
+
+// The distinct ones of so many ids into a table, ascending, and where each id is among them; the table has so many rows.
+// Returns how many there are; -1: an id is outside of the table, or there is no memory.
+int64_t metatrain_distinct(const int64_t *ids, int64_t count, int64_t rows, int64_t *keys, int64_t *positions) {
+    try {
+        std::vector<uint64_t> bits((rows + 63) / 64);
+        std::vector<int64_t> before(bits.size());
+        for (int64_t i = 0; i < count; ++i) {
+            if (uint64_t(ids[i]) >= uint64_t(rows)) return -1;
+            bits[ids[i] / 64] |= uint64_t(1) << (ids[i] % 64);
+        }
+        int64_t found = 0;
+        for (std::size_t word = 0; word < bits.size(); ++word) {
+            before[word] = found;
+            for (uint64_t left = bits[word]; left; left &= left - 1)
+                keys[found++] = int64_t(word) * 64 + __builtin_ctzll(left);
+        }
+        for (int64_t i = 0; i < count; ++i) positions[i] = rank(bits, before, ids[i]);
+        return found;
+    } catch (const std::bad_alloc &) {
+        return -1;
+    }
+}
 
 // values[p] = the rows at index[p] of all tables, side by side. Returns the table, from 1 on, whose index is wrong.
 int64_t metatrain_pick(const Table *tables, int64_t count, const bool *present, int64_t places, float *values,

@@ -1,7 +1,7 @@
-"""Rows of several tables picked for every place and laid side by side, by a kernel of our own (`kernels.cpp`) on CPUs.
+"""Ids and rows on CPUs, by kernels of our own (`kernels.cpp`): distinct ids, and rows picked for every place.
 
-Promises: what torch's `index_select`, `cat` and a product with the mask give, and their gradients to any order, bit for
-bit whatever the number of threads. One pass over the places there and one back, where torch takes four each.
+Promises: what torch gives, bit for bit whatever the number of threads, gradients to any order included. Where there are
+no kernels torch does it.
 """
 
 from __future__ import annotations
@@ -17,9 +17,29 @@ from torch.autograd.function import Function
 
 from metatrain import compiled
 
+#: Rows of a table, to each of the ids, up to which going through a bit a row takes less time than sorting ids.
+_ROWS_AN_ID = 64
+
+
+def distinct(ids: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """`torch.unique(ids, return_inverse=True)` of ids into a table of so many rows: int64 [n] → [K] ascending, [n].
+
+    Ids that are outside of the table are not looked for: they are among the distinct ones.
+    """
+    library = _library()
+    if library is None or ids.device.type != "cpu" or ids.dtype is not torch.int64 or rows > _ROWS_AN_ID * len(ids):
+        return torch.unique(ids, return_inverse=True)
+    ids, keys, positions = ids.contiguous(), torch.empty_like(ids), torch.empty_like(ids)
+    count = library.metatrain_distinct(ids.data_ptr(), len(ids), rows, keys.data_ptr(), positions.data_ptr())
+    if count < 0:
+        return torch.unique(ids, return_inverse=True)
+    return keys[:count], positions
+
 
 def side_by_side(tables: Sequence[Tensor], indices: Sequence[Tensor], present: Tensor) -> Tensor:
     """tables[i][indices[i]] for all i, side by side: [nᵢ, Fᵢ] and integers [P] → [P, Σ Fᵢ].
+
+    One pass over the places there and one back, where `index_select`, `cat` and a product with the mask take four each.
 
     Places that are not `present` (bool [P]) have zeros, whatever their indices, and so has what a table without rows
     would give.
@@ -72,7 +92,7 @@ class _Pick(Function):
 
 
 class _Add(Function):
-    """(present, the tables' shapes, values, indices…) → tables, to whose rows the values are added: `_Pick` reversed."""
+    """(present, the tables' shapes, values, indices…) → tables whose rows the values are added to: `_Pick` reversed."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -101,14 +121,19 @@ def _call(name: str, present: Tensor, indices: Sequence[Tensor], tables: Sequenc
             raise ValueError(f"indices of shape {tuple(index.shape)} for places of shape {tuple(present.shape)}")
         assert table.dim() == 2
     given = (_TABLE * len(tables))(
-        *(_TABLE(table.data_ptr(), index.data_ptr(), *table.shape) for table, index in zip(tables, indices, strict=True))
+        *(
+            _TABLE(table.data_ptr(), index.data_ptr(), *table.shape)
+            for table, index in zip(tables, indices, strict=True)
+        )
     )
     wrong = getattr(library, name)(
         given, len(tables), present.data_ptr(), len(present), values.data_ptr(), torch.get_num_threads()
     )
     if wrong:
         rows, index = len(tables[wrong - 1]), indices[wrong - 1][present]
-        raise IndexError(f"places of table {wrong - 1} have indices {index.min()} to {index.max()}, and it has {rows} rows")
+        raise IndexError(
+            f"places of table {wrong - 1} have indices {index.min()} to {index.max()}, and it has {rows} rows"
+        )
 
 
 def _library() -> ctypes.CDLL | None:
@@ -117,6 +142,10 @@ def _library() -> ctypes.CDLL | None:
 
 def _bind(library: ctypes.CDLL) -> None:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
+    library.metatrain_distinct.argtypes, library.metatrain_distinct.restype = (
+        [pointer, number, number, pointer, pointer],
+        number,
+    )
     for name in ("pick", "add"):
         function = getattr(library, f"metatrain_{name}")
         function.argtypes = [ctypes.POINTER(_TABLE), number, pointer, number, pointer, number]
@@ -127,6 +156,6 @@ _SOURCE = compiled.Source(
     Path(__file__).with_name("kernels.cpp"),
     "model's kernels",
     _bind,
-    "the learners' inputs are put together by torch, at a quarter of the speed",
+    "ids are sorted and the learners' inputs put together by torch, at a fraction of the speed",
     ("-O3", "-pthread"),
 )

@@ -26,6 +26,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 from metatrain.errors import DatasetError
 from metatrain.model import hashing
 from metatrain.model.choices import TableSpec
+from metatrain.model.picking import distinct
 
 # TorchRec asks torch.fx a question whose answer's meaning changed, and every process would print a warning of it.
 logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
@@ -238,7 +239,7 @@ class Tables(nn.Module):
         keys, positions = dict(flat), {}
         if self._dedup:
             for name in flat:
-                keys[name], positions[name] = torch.unique(flat[name], return_inverse=True)
+                keys[name], positions[name] = distinct(flat[name], self.spec_of[name].rows)
         for spec in self.specs:
             _check_range(spec, keys[spec.name])
         # All exchanges are begun before any is waited for.

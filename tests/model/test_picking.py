@@ -1,4 +1,4 @@
-"""Rows picked side by side: the kernel against torch, forward, backward and twice backward."""
+"""Distinct ids, and rows picked side by side, forward, backward and twice backward: the kernels against torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from metatrain.model import picking
-from metatrain.model.picking import side_by_side
+from metatrain.model.picking import distinct, side_by_side
 
 
 def by_torch(tables: list[Tensor], indices: list[Tensor], present: Tensor) -> Tensor:
@@ -21,7 +21,9 @@ def by_torch(tables: list[Tensor], indices: list[Tensor], present: Tensor) -> Te
         return side_by_side(tables, indices, present)
 
 
-def gradients(pick: Callable[..., Tensor], tables: list[Tensor], indices: list[Tensor], present: Tensor) -> list[Tensor]:
+def gradients(
+    pick: Callable[..., Tensor], tables: list[Tensor], indices: list[Tensor], present: Tensor
+) -> list[Tensor]:
     """Values, their gradients, and the gradients of a function of these."""
     leaves = [table.clone().requires_grad_() for table in tables]
     values = pick(leaves, indices, present)
@@ -90,3 +92,16 @@ def test_an_index_outside_of_its_table_is_an_error(wrong: int) -> None:
 def test_other_types_go_by_torch() -> None:
     tables, indices, present = [torch.randn(4, 3).double()], [torch.tensor([3, 1])], torch.tensor([True, False])
     assert torch.equal(side_by_side(tables, indices, present), torch.stack([tables[0][3], torch.zeros(3).double()]))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    rows=st.integers(1, 400),
+    numbers=st.lists(st.integers(0, 10_000), max_size=60),
+    outside=st.lists(st.sampled_from([-1, -64, 400, 2**40]), max_size=2),
+)
+def test_distinct_ids_are_what_torch_gives(rows: int, numbers: list[int], outside: list[int]) -> None:
+    ids = torch.tensor([number % rows for number in numbers] + outside, dtype=torch.int64)
+    for mine, theirs in zip(distinct(ids, rows), torch.unique(ids, return_inverse=True), strict=True):
+        assert torch.equal(mine, theirs)
+        assert mine.dtype == theirs.dtype
