@@ -27,7 +27,6 @@ from metatrain.meta.episode import Episodes, Examples, Slots
 from metatrain.meta.layout import Columns, Layout
 from metatrain.model import hashing
 from metatrain.model.choices import TableSpec, chosen_features, table_specs
-from metatrain.model.picking import side_by_side
 from metatrain.model.places import Places, TaskRows, occurrences, picked, places, rows_of_tasks, whole
 
 # Keeps this draw apart from that of `id_dropout`.
@@ -184,14 +183,14 @@ class Featurizer(nn.Module):
         # All buckets' inputs are gathered at once, and each gets a view: one gradient a table row, not one a bucket.
         if represent is None:
             tables, indices = (task_x, item_x, event_x), (where.task, items, where.event)
-            x, represented = where.split(side_by_side(tables, indices, where.mask)), None
+            x, represented = where.picked(tables, indices), None
         else:
             # An event's input is wide, its representation is not: gathered and differentiated, it costs a fraction.
             made = represent(pad(item_x, (task_x.shape[1], 0)))
-            represented = where.split(side_by_side((made,), (items,), where.mask))
+            represented = where.picked((made,), (items,))
             of_tasks = pad(task_x, (0, item_x.shape[1])).unsqueeze(1)
             x = [of_tasks.index_select(0, bucket.tasks) for bucket in where.buckets for _ in range(2)]
-        labels = where.split(side_by_side((batch.labels[:, None],), (where.event,), where.mask).squeeze(-1))
+        labels = [part.squeeze(-1) for part in where.picked((batch.labels[:, None],), (where.event,))]
         masks = where.split(mask)
         adapted = {n: self._adapted(f, batch, rows[n], ids[n], where) for n, f in self.adapted.items()}
 

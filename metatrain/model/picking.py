@@ -36,23 +36,24 @@ def distinct(ids: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     return keys[:count], positions
 
 
-def side_by_side(tables: Sequence[Tensor], indices: Sequence[Tensor], present: Tensor) -> Tensor:
-    """tables[i][indices[i]] for all i, side by side: [nᵢ, Fᵢ] and integers [P] → [P, Σ Fᵢ].
+def side_by_side(
+    tables: Sequence[Tensor], indices: Sequence[Tensor], present: Tensor, sizes: Sequence[int]
+) -> list[Tensor]:
+    """tables[i][indices[i]] for all i, side by side: [nᵢ, Fᵢ] and integers [P] → [P, Σ Fᵢ] in pieces of these sizes.
 
-    One pass over the places there and one back, where `index_select`, `cat` and a product with the mask take four each.
-
-    Places that are not `present` (bool [P]) have zeros, whatever their indices, and so has what a table without rows
-    would give.
+    One pass over the places there and one back, where `index_select`, `cat`, a product with the mask and `split` take
+    four each. Places that are not `present` (bool [P]) have zeros, whatever their indices, and so has what a table
+    without rows would give.
 
     Raises:
         IndexError: A place that is present has an index outside of its table.
     """
     if all(table.dtype is torch.float32 and table.device.type == "cpu" for table in tables) and _library() is not None:
-        found: Tensor = _Pick.apply(present, len(tables), *(index.to(torch.int64) for index in indices), *tables)
-        return found
+        given = [index.to(torch.int64).contiguous() for index in indices]
+        return list(_Pick.apply(tuple(sizes), present.contiguous(), len(tables), *given, *tables))
     mask = present.unsqueeze(-1)
     parts = [_rows(table, torch.where(present, index, 0)) for table, index in zip(tables, indices, strict=True)]
-    return torch.cat(parts, dim=-1) * mask.to(parts[0].dtype)
+    return list((torch.cat(parts, dim=-1) * mask.to(parts[0].dtype)).split(list(sizes)))
 
 
 def _rows(table: Tensor, index: Tensor) -> Tensor:
@@ -73,67 +74,78 @@ class _TABLE(ctypes.Structure):
 
 
 class _Pick(Function):
-    """(present, number of tables, indices…, tables…) → places' rows."""
-
-    @staticmethod
-    def forward(ctx: Any, present: Tensor, count: int, *tensors: Tensor) -> Tensor:  # type: ignore[override]
-        indices, tables = tensors[:count], tensors[count:]
-        ctx.save_for_backward(present, *indices)
-        ctx.shapes = [table.shape for table in tables]
-        values = tables[0].new_empty(len(present), sum(table.shape[1] for table in tables))
-        _call("metatrain_pick", present, indices, tables, values)
-        return values
-
-    @staticmethod
-    def backward(ctx: Any, d_values: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        present, *indices = ctx.saved_tensors
-        found = _Add.apply(present, ctx.shapes, d_values, *indices)
-        return None, None, *[None] * len(indices), *found
-
-
-class _Add(Function):
-    """(present, the tables' shapes, values, indices…) → tables whose rows the values are added to: `_Pick` reversed."""
+    """(sizes, present, number of tables, indices…, tables…) → pieces of the places' rows."""
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, present: Tensor, shapes: list[torch.Size], values: Tensor, *indices: Tensor
+        ctx: Any, sizes: tuple[int, ...], present: Tensor, count: int, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
+        indices, tables = tensors[:count], tensors[count:]
         ctx.save_for_backward(present, *indices)
-        tables = tuple(values.new_zeros(shape) for shape in shapes)
-        _call("metatrain_add", present, indices, tables, values)
+        ctx.sizes, ctx.shapes = sizes, [table.shape for table in tables]
+        width = sum(table.shape[1] for table in tables)
+        pieces = tuple(tables[0].new_empty(size, width) for size in sizes)
+        _call("metatrain_pick", present, indices, tables, pieces)
+        return pieces
+
+    @staticmethod
+    def backward(ctx: Any, *d_pieces: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        present, *indices = ctx.saved_tensors
+        found = _Add.apply(ctx.sizes, present, ctx.shapes, len(indices), *indices, *d_pieces)
+        return None, None, None, *[None] * len(indices), *found
+
+
+class _Add(Function):
+    """(sizes, present, tables' shapes, their number, indices…, pieces…) → tables whose rows the pieces are added to.
+
+    `_Pick` reversed.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, sizes: tuple[int, ...], present: Tensor, shapes: list[torch.Size], count: int, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        indices, pieces = tensors[:count], tensors[count:]
+        ctx.save_for_backward(present, *indices)
+        ctx.sizes = sizes
+        tables = tuple(present.new_zeros(shape, dtype=torch.float32) for shape in shapes)
+        _call("metatrain_add", present, indices, tables, pieces)
         return tables
 
     @staticmethod
     def backward(ctx: Any, *d_tables: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         present, *indices = ctx.saved_tensors
-        d_values = _Pick.apply(present, len(indices), *indices, *d_tables)
-        return None, None, d_values, *[None] * len(indices)
+        d_pieces = _Pick.apply(ctx.sizes, present, len(indices), *indices, *d_tables)
+        return None, None, None, None, *[None] * len(indices), *d_pieces
 
 
-def _call(name: str, present: Tensor, indices: Sequence[Tensor], tables: Sequence[Tensor], values: Tensor) -> None:
-    library = _library()
-    assert library is not None
-    # Contiguous: copies live until the call is over. What is written to is so already.
-    present, values = present.contiguous(), values.contiguous()
-    indices, tables = [index.contiguous() for index in indices], [table.contiguous() for table in tables]
-    for table, index in zip(tables, indices, strict=True):
+def _call(
+    name: str, present: Tensor, indices: Sequence[Tensor], tables: Sequence[Tensor], pieces: Sequence[Tensor]
+) -> None:
+    """A kernel, piece by piece. Indices and what is written to are contiguous; of the rest copies are made."""
+    kernel = getattr(_library(), name)
+    tables = [table.contiguous() for table in tables]
+    for index in indices:
         if index.shape != present.shape:
             raise ValueError(f"indices of shape {tuple(index.shape)} for places of shape {tuple(present.shape)}")
-        assert table.dim() == 2
-    given = (_TABLE * len(tables))(
-        *(
-            _TABLE(table.data_ptr(), index.data_ptr(), *table.shape)
-            for table, index in zip(tables, indices, strict=True)
+    start, threads = 0, torch.get_num_threads()
+    for piece in pieces:
+        values, stop = piece.contiguous(), start + len(piece)
+        given = (_TABLE * len(tables))(
+            *(
+                _TABLE(table.data_ptr(), index.data_ptr() + start * index.element_size(), *table.shape)
+                for table, index in zip(tables, indices, strict=True)
+            )
         )
-    )
-    wrong = getattr(library, name)(
-        given, len(tables), present.data_ptr(), len(present), values.data_ptr(), torch.get_num_threads()
-    )
-    if wrong:
-        rows, index = len(tables[wrong - 1]), indices[wrong - 1][present]
-        raise IndexError(
-            f"places of table {wrong - 1} have indices {index.min()} to {index.max()}, and it has {rows} rows"
-        )
+        wrong = kernel(given, len(tables), present.data_ptr() + start, stop - start, values.data_ptr(), threads)
+        if wrong:
+            rows, index = len(tables[wrong - 1]), indices[wrong - 1][start:stop][present[start:stop]]
+            raise IndexError(
+                f"places of table {wrong - 1} have indices {index.min()} to {index.max()}, and it has {rows} rows"
+            )
+        start = stop
+    if start != len(present):
+        raise ValueError(f"pieces of {start} places in all, of {len(present)}")
 
 
 def _library() -> ctypes.CDLL | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from metatrain.data.batch import TaskBatch
 from metatrain.meta.buckets import Bucket
 from metatrain.meta.episode import Slots
+from metatrain.model.picking import side_by_side
 
 # Fills the places of `TaskRows.ids` that hold no row. Greater than any id, so that a task's ids stay in order.
 _NO_ROW = torch.iinfo(torch.int64).max
@@ -40,7 +41,17 @@ class Places:
 
     def split(self, values: Tensor) -> list[Tensor]:
         """[P, …] → support and query of every bucket, each [T', E, …]."""
-        parts = values.split([tasks * events for tasks, events in self.shapes])
+        return self._shaped(values.split(self._sizes))
+
+    def picked(self, tables: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]:
+        """tables[i][indices[i]] side by side, [nᵢ, Fᵢ] and integers [P], split as `split` does; zeros where padded."""
+        return self._shaped(side_by_side(tables, indices, self.mask, self._sizes))
+
+    @property
+    def _sizes(self) -> list[int]:
+        return [tasks * events for tasks, events in self.shapes]
+
+    def _shaped(self, parts: Sequence[Tensor]) -> list[Tensor]:
         return [part.unflatten(0, shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
 

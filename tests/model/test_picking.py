@@ -16,9 +16,17 @@ from metatrain.model import picking
 from metatrain.model.picking import distinct, side_by_side
 
 
+def picked(tables: list[Tensor], indices: list[Tensor], present: Tensor) -> Tensor:
+    """In two pieces, put together again."""
+    sizes = [len(present) // 3, len(present) - len(present) // 3]
+    pieces = side_by_side(tables, indices, present, sizes)
+    assert [len(piece) for piece in pieces] == sizes
+    return torch.cat(pieces)
+
+
 def by_torch(tables: list[Tensor], indices: list[Tensor], present: Tensor) -> Tensor:
     with mock.patch.dict(os.environ, METATRAIN_KERNELS="0"):
-        return side_by_side(tables, indices, present)
+        return picked(tables, indices, present)
 
 
 def gradients(
@@ -49,14 +57,14 @@ def cases(draw: st.DrawFn) -> tuple[list[Tensor], list[Tensor], Tensor]:
 @given(case=cases())
 def test_the_kernel_gives_what_torch_gives(case: tuple[list[Tensor], list[Tensor], Tensor]) -> None:
     assert picking._library() is not None, "this machine has a compiler"
-    for mine, theirs in zip(gradients(side_by_side, *case), gradients(by_torch, *case), strict=True):
+    for mine, theirs in zip(gradients(picked, *case), gradients(by_torch, *case), strict=True):
         torch.testing.assert_close(mine, theirs)
 
 
 def test_what_is_not_contiguous_is_read_as_it_stands() -> None:
     table, wide = torch.randn(6, 10)[:, ::2], torch.randn(5, 4).t().contiguous().t()
     indices, present = [torch.tensor([5, 0, 9, 3])[::2] % 6, torch.tensor([1, 4])], torch.tensor([True, True])
-    assert torch.equal(side_by_side([table, wide], indices, present), by_torch([table, wide], indices, present))
+    assert torch.equal(picked([table, wide], indices, present), by_torch([table, wide], indices, present))
 
 
 def large() -> tuple[list[Tensor], list[Tensor], Tensor]:
@@ -74,7 +82,7 @@ def test_threads_change_nothing(threads: int) -> None:
     try:
         for count in (1, threads):
             torch.set_num_threads(count)
-            found.append(gradients(side_by_side, *large()))
+            found.append(gradients(picked, *large()))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(one, several) for one, several in zip(*found, strict=True))
@@ -84,14 +92,14 @@ def test_threads_change_nothing(threads: int) -> None:
 def test_an_index_outside_of_its_table_is_an_error(wrong: int) -> None:
     tables, indices = [torch.randn(9, 2), torch.randn(4, 3)], [torch.tensor([8, 0]), torch.tensor([0, wrong])]
     with pytest.raises(IndexError, match=rf"table 1 have indices .*{wrong}.*4 rows"):
-        side_by_side(tables, indices, torch.tensor([True, True]))
+        picked(tables, indices, torch.tensor([True, True]))
     # Where nothing is picked, no index is read.
-    assert side_by_side(tables, indices, torch.tensor([True, False]))[1].tolist() == [0.0] * 5
+    assert picked(tables, indices, torch.tensor([True, False]))[1].tolist() == [0.0] * 5
 
 
 def test_other_types_go_by_torch() -> None:
     tables, indices, present = [torch.randn(4, 3).double()], [torch.tensor([3, 1])], torch.tensor([True, False])
-    assert torch.equal(side_by_side(tables, indices, present), torch.stack([tables[0][3], torch.zeros(3).double()]))
+    assert torch.equal(picked(tables, indices, present), torch.stack([tables[0][3], torch.zeros(3).double()]))
 
 
 @settings(max_examples=200, deadline=None)
@@ -105,3 +113,17 @@ def test_distinct_ids_are_what_torch_gives(rows: int, numbers: list[int], outsid
     for mine, theirs in zip(distinct(ids, rows), torch.unique(ids, return_inverse=True), strict=True):
         assert torch.equal(mine, theirs)
         assert mine.dtype == theirs.dtype
+
+
+def test_a_piece_that_is_not_used_has_no_gradient() -> None:
+    table = torch.randn(5, 3, requires_grad=True)
+    present = torch.tensor([True, True, True])
+    _, second = side_by_side([table], [torch.tensor([1, 2, 4])], present, [1, 2])
+    second.sum().backward()
+    assert table.grad is not None
+    assert table.grad.sum(1).tolist() == [0.0, 0.0, 3.0, 0.0, 3.0]
+
+
+def test_pieces_are_all_the_places() -> None:
+    with pytest.raises(ValueError, match="pieces of 2 places in all, of 3"):
+        side_by_side([torch.randn(5, 3)], [torch.zeros(3, dtype=torch.int64)], torch.ones(3, dtype=torch.bool), [2])
