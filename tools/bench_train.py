@@ -1,6 +1,6 @@
 """Measure training end to end: where a worker's time goes, and how near it comes to its step alone.
 
-    python tools/bench_train.py [RECIPE] [--workers 1 2] [--users 20000] [--json FILE]
+    python tools/bench_train.py [RECIPE] [--workers 1 2] [--users 200000] [--json FILE]
 
 The workers are the product's own, launched by Ray Train with their readers. They train in rounds, and between them
 take the same step on batches that are in memory already, in the same process: the ceiling. A round of training holds
@@ -183,7 +183,7 @@ def main() -> None:
     recipe = Path(__file__).resolve().parents[1] / "configs" / "million-users-maml.yaml"
     parser.add_argument("recipe", nargs="?", default=str(recipe))
     parser.add_argument("--workers", type=int, nargs="+", default=[1])
-    parser.add_argument("--users", type=int, default=20_000)
+    parser.add_argument("--users", type=int, default=200_000, help="of the dataset: an epoch's start is no step")
     parser.add_argument("--tasks-per-step", type=int, help="default: the recipe's")
     parser.add_argument("--steps", type=int, default=110, help="of a round; a multiple of the recipe's log_every")
     parser.add_argument("--rounds", type=int, default=5)

@@ -26,7 +26,7 @@ def distinct(ids: Tensor, rows: int) -> tuple[Tensor, Tensor]:
 
     Ids that are outside of the table are not looked for: they are among the distinct ones.
     """
-    library = _library()
+    library = kernels()
     if library is None or ids.device.type != "cpu" or ids.dtype is not torch.int64 or rows > _ROWS_AN_ID * len(ids):
         return torch.unique(ids, return_inverse=True)
     ids, keys, positions = ids.contiguous(), torch.empty_like(ids), torch.empty_like(ids)
@@ -48,7 +48,7 @@ def side_by_side(
     Raises:
         IndexError: A place that is present has an index outside of its table.
     """
-    if all(table.dtype is torch.float32 and table.device.type == "cpu" for table in tables) and _library() is not None:
+    if all(table.dtype is torch.float32 and table.device.type == "cpu" for table in tables) and kernels() is not None:
         given = [index.to(torch.int64).contiguous() for index in indices]
         return list(_Pick.apply(tuple(sizes), present.contiguous(), len(tables), *given, *tables))
     mask = present.unsqueeze(-1)
@@ -123,7 +123,7 @@ def _call(
     name: str, present: Tensor, indices: Sequence[Tensor], tables: Sequence[Tensor], pieces: Sequence[Tensor]
 ) -> None:
     """A kernel, piece by piece. Indices and what is written to are contiguous; of the rest copies are made."""
-    kernel = getattr(_library(), name)
+    kernel = getattr(kernels(), name)
     tables = [table.contiguous() for table in tables]
     for index in indices:
         if index.shape != present.shape:
@@ -148,7 +148,8 @@ def _call(
         raise ValueError(f"pieces of {start} places in all, of {len(present)}")
 
 
-def _library() -> ctypes.CDLL | None:
+def kernels() -> ctypes.CDLL | None:
+    """The library, built where it is not yet; None: there is none, and torch serves."""
     return compiled.loaded(_SOURCE) if compiled.wanted() else None
 
 

@@ -31,15 +31,17 @@ FLAVOURS = {"fbgemm-gpu": "gpu", "fbgemm-gpu-cpu": "cpu"}
 _AGAIN = "In a clone: `rm -rf .venv`, then `make setup`. Elsewhere: see Installation in README.md."
 
 _NO_KERNELS = (
-    "On CPUs MAML's inner loop goes by torch, a few times slower, and readers by numpy: install a C++ compiler "
-    "(g++ or clang++)."
+    "On CPUs MAML's inner loop and what surrounds it go by torch, a few times slower, and readers by numpy: install a "
+    "C++ compiler (g++ or clang++)."
 )
 _TRY_TABLES = "import fbgemm_gpu, torchrec"
 _TRY_KERNELS = """
 import sys, torch
 from metatrain.data.kernels import kernels
 from metatrain.meta import low_rank_build
-sys.exit(kernels() is None or low_rank_build.kernels(torch.float32, torch.device("cpu")) is None)
+from metatrain.model import picking
+inner_loop = low_rank_build.kernels(torch.float32, torch.device("cpu"))
+sys.exit(any(library is None for library in (kernels(), picking.kernels(), inner_loop)))
 """
 _TRY_RAY = """
 import ray

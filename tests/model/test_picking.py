@@ -56,7 +56,7 @@ def cases(draw: st.DrawFn) -> tuple[list[Tensor], list[Tensor], Tensor]:
 @settings(max_examples=150, deadline=None)
 @given(case=cases())
 def test_the_kernel_gives_what_torch_gives(case: tuple[list[Tensor], list[Tensor], Tensor]) -> None:
-    assert picking._library() is not None, "this machine has a compiler"
+    assert picking.kernels() is not None, "this machine has a compiler"
     for mine, theirs in zip(gradients(picked, *case), gradients(by_torch, *case), strict=True):
         torch.testing.assert_close(mine, theirs)
 
