@@ -28,6 +28,8 @@ from metatrain import compiled
 #: Of the greatest speed seen: from here on a core is this machine's alone.
 WHOLE = 0.85
 _MICROSECONDS = 3000
+#: Some samples of each core.
+_LEAST_SECONDS = 0.02
 
 
 class Quiet:
@@ -59,12 +61,12 @@ class Quiet:
 
     def share(self, begin: float, end: float) -> float:
         """Share of the samples between two times of `time.monotonic` in which a core was at full speed: of the core
-        that had the least of it. NaN: there are no samples of a core."""
-        samples = self._samples()
+        that had the least of it. Short times are looked at with what came before; without samples it is 0."""
+        samples, begin = self._samples(), min(begin, end - _LEAST_SECONDS)
         within = samples[(samples[:, 0] >= begin) & (samples[:, 0] < end)]
         whole = WHOLE * np.quantile(samples[:, 2], 0.99)
         shares = [(within[within[:, 1] == core, 2] >= whole) for core in np.unique(samples[:, 1])]
-        return float(min(core.mean() if len(core) else np.nan for core in shares))
+        return min(float(core.mean()) if len(core) else 0.0 for core in shares)
 
     def _samples(self) -> np.ndarray:
         raw = self._file.read_bytes()

@@ -10,6 +10,7 @@
 #include <thread>
 #include <vector>
 
+#include <unistd.h>
 #if defined(__linux__)
 #include <sched.h>
 #endif
@@ -36,10 +37,11 @@ double additions_a_nanosecond() {
 }  // namespace
 
 // Appends (time.monotonic() of the beginning, core, additions a nanosecond) to the file, three doubles a sample, for as
-// long as the process lives.
+// long as the process that started this one lives.
 extern "C" int64_t metatrain_watch(const char *path, const int64_t *cores, int64_t count, int64_t microseconds) {
     std::FILE *file = std::fopen(path, "ab");
     if (!file) return 1;
+    const pid_t parent = getppid();
     std::vector<std::thread> threads;
     for (int64_t i = 0; i < count; ++i)
         threads.emplace_back([=] {
@@ -50,7 +52,7 @@ extern "C" int64_t metatrain_watch(const char *path, const int64_t *cores, int64
             sched_setaffinity(0, sizeof own, &own);
 #endif
             const timespec pause{0, long(microseconds) * 1000};
-            while (true) {
+            while (getppid() == parent) {
                 nanosleep(&pause, nullptr);
                 const double begun = seconds(CLOCK_MONOTONIC);
                 additions_a_nanosecond();  // to wake up

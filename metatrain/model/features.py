@@ -27,7 +27,8 @@ from metatrain.meta.episode import Episodes, Examples, Slots
 from metatrain.meta.layout import Columns, Layout
 from metatrain.model import hashing
 from metatrain.model.choices import TableSpec, chosen_features, table_specs
-from metatrain.model.places import Places, TaskRows, occurrences, picked, places, rows_of_tasks, whole
+from metatrain.model.picking import picked
+from metatrain.model.places import Places, TaskRows, occurrences, places, rows_of_tasks, whole
 
 # Keeps this draw apart from that of `id_dropout`.
 _SUPPORTS = hashing.of_name("support_dropout")
@@ -180,7 +181,7 @@ class Featurizer(nn.Module):
         event_x = self.vectors(Level.EVENT, batch.event_features, rows, batch.labels.shape[0])
         items = picked(batch.event_items[:, None], where.event).squeeze(-1)
         mask = where.mask.to(torch.float32)
-        # All buckets' inputs are gathered at once, and each gets a view: one gradient a table row, not one a bucket.
+        # All buckets' inputs are picked at once: one gradient a table row, not one a bucket.
         if represent is None:
             tables, indices = (task_x, item_x, event_x), (where.task, items, where.event)
             x, represented = where.picked(tables, indices), None

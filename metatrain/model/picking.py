@@ -36,6 +36,13 @@ def distinct(ids: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     return keys[:count], positions
 
 
+def picked(values: Tensor, index: Tensor) -> Tensor:
+    """values[index], [n, F] and [P] (or any shape) → [P, F]; zeros where there is nothing to pick from."""
+    if not values.shape[0]:
+        return values.new_zeros(*index.shape, values.shape[1])
+    return values.index_select(0, index.flatten()).view(*index.shape, values.shape[1])
+
+
 def side_by_side(
     tables: Sequence[Tensor], indices: Sequence[Tensor], present: Tensor, sizes: Sequence[int]
 ) -> list[Tensor]:
@@ -52,14 +59,8 @@ def side_by_side(
         given = [index.to(torch.int64).contiguous() for index in indices]
         return list(_Pick.apply(tuple(sizes), present.contiguous(), len(tables), *given, *tables))
     mask = present.unsqueeze(-1)
-    parts = [_rows(table, torch.where(present, index, 0)) for table, index in zip(tables, indices, strict=True)]
+    parts = [picked(table, torch.where(present, index, 0)) for table, index in zip(tables, indices, strict=True)]
     return list((torch.cat(parts, dim=-1) * mask.to(parts[0].dtype)).split(list(sizes)))
-
-
-def _rows(table: Tensor, index: Tensor) -> Tensor:
-    if not table.shape[0]:
-        return table.new_zeros(len(index), table.shape[1])
-    return table.index_select(0, index)
 
 
 class _TABLE(ctypes.Structure):

@@ -16,7 +16,7 @@ from torch import Tensor
 from metatrain.data.batch import TaskBatch
 from metatrain.meta.buckets import Bucket
 from metatrain.meta.episode import Slots
-from metatrain.model.picking import side_by_side
+from metatrain.model.picking import picked, side_by_side
 
 # Fills the places of `TaskRows.ids` that hold no row. Greater than any id, so that a task's ids stay in order.
 _NO_ROW = torch.iinfo(torch.int64).max
@@ -102,13 +102,6 @@ def candidate_slots(row_ids: Tensor, ids: Tensor, lengths: Tensor) -> Slots:
     found, used = occurrences(candidates, torch.ones_like(candidates, dtype=torch.bool), lengths)
     index = slot_of_id[:, found[0]] if ids.shape[0] else found.expand(tasks, -1, -1)
     return Slots(index, used.to(torch.float32).expand(tasks, -1, -1))
-
-
-def picked(values: Tensor, index: Tensor) -> Tensor:
-    """values[index], [n, F] and [P] (or any shape) → [P, F]; zeros where there is nothing to pick from."""
-    if not values.shape[0]:
-        return values.new_zeros(*index.shape, values.shape[1])
-    return values.index_select(0, index.flatten()).view(*index.shape, values.shape[1])
 
 
 def occurrences(entities: Tensor, present: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
