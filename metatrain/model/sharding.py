@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
@@ -147,10 +147,10 @@ class Distributed:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Loads what `state_dict` gives; a table may also come whole, as a plain tensor.
+        """Loads what `state_dict` gives; a table may also come whole, as a plain tensor. Not collective.
 
         Raises:
-            CheckpointError: Names or shapes that differ from this model's.
+            CheckpointError: Names, shapes or placements that differ from this model's.
         """
         own = self.state_dict()
         if state.keys() != own.keys():
@@ -171,17 +171,23 @@ class Distributed:
             if not isinstance(target, DTensor):
                 target.copy_(value)
                 continue
+            if isinstance(value, DTensor) and _placed(value) != _placed(target):
+                raise CheckpointError(
+                    "The state is placed otherwise.",
+                    where=name,
+                    got="{} on ranks {}, not {} on ranks {}".format(*_placed(value), *_placed(target)),
+                    remedy="Give the table whole, as a plain tensor, or save it and load the checkpoint.",
+                )
             local = target.to_local()
             if not local.numel():
                 continue
-            if isinstance(value, DTensor) and value.placements == target.placements:
+            if isinstance(value, DTensor):
                 local.copy_(value.to_local())
             else:
                 _, (row, *column) = compute_local_shape_and_global_offset(
                     target.shape, target.device_mesh, target.placements
                 )
-                whole = value.full_tensor() if isinstance(value, DTensor) else value
-                part = whole[row : row + local.shape[0]]
+                part = value[row : row + local.shape[0]]
                 local.copy_(part[:, column[0] : column[0] + local.shape[1]] if column else part)
 
     def _as_dtensor(self, value: Any) -> Tensor:
@@ -215,6 +221,10 @@ class Distributed:
                 DeviceMesh.from_group(group, self._device) if whole else DeviceMesh(self._device, list(ranks))
             )
         return self._meshes[ranks]
+
+
+def _placed(value: DTensor) -> tuple[Placement, list[int]]:
+    return value.placements[0], value.device_mesh.mesh.flatten().tolist()
 
 
 def _table_of(parameter: str) -> str:

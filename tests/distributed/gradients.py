@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from meta_reference import part_of
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from metatrain.data.batch import TaskBatch
 from metatrain.model.metamodel import MetaModel
@@ -63,10 +63,12 @@ def whole(value: torch.Tensor) -> torch.Tensor:
     """A copy of a state's tensor, whole on every rank: also where only some ranks hold a part of it."""
     if not isinstance(value, DTensor):
         return value.clone()
-    ranks = value.device_mesh.mesh.flatten().tolist()
-    found = value.full_tensor().clone() if dist.get_rank() in ranks else torch.empty(value.shape)
-    dist.broadcast(found, src=ranks[0])
-    return found
+    # Not by `full_tensor`, which gathers by an operation that `ranks` refuses.
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, value.to_local().detach())
+    (placement,) = value.placements
+    assert isinstance(placement, Shard)
+    return torch.cat([parts[rank] for rank in value.device_mesh.mesh.flatten()], dim=placement.dim)
 
 
 def assert_equal_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

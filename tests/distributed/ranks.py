@@ -17,11 +17,13 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives
 import torch.multiprocessing as mp
+from torch.distributed.tensor import DTensor
 
 # A process that others are forked from should have one thread; pyarrow's allocator would start another.
 os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")
@@ -70,6 +72,11 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, seconds
                 process.join()
 
 
+def _refused(*_: object, **__: object) -> NoReturn:
+    """What no rank may call: after it gloo's threads may write to freed memory, see docs/decisions.md."""
+    raise AssertionError("Functional collectives may crash gloo: gather by dist.all_gather or all_gather_object.")
+
+
 def _failures(folder: str) -> list[str]:
     return [path.read_text() for path in sorted(Path(folder).glob("*.failure"))]
 
@@ -78,6 +85,8 @@ def _rank(
     function: Callable[..., Any], rank: int, world_size: int, folder: str, seconds: float, args: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)
+    DTensor.full_tensor = _refused
+    dist._functional_collectives.all_gather_tensor = _refused
     # A rank that hangs tells where, a little before the parent's patience ends.
     faulthandler.dump_traceback_later(0.9 * seconds, file=open(Path(folder, f"{rank}.doing"), "w"))  # noqa: SIM115
     try:

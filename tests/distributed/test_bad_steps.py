@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gradients import whole
 from meta_reference import made_up_batch, part_of, schema
 from ranks import run_ranks
-from torch.distributed.tensor import DTensor
 
 from metatrain.config import Config, TableConfig
 from metatrain.model.build import build_model
@@ -57,16 +57,16 @@ def trained_on_rank(
     loop = OuterLoop(distributed, optimizer, config, STEPS, world_size, guard=guard)
     parts = []
     for step in range(STEPS):
-        whole = made_up_batch(6, step, least_support=1)
+        batch = made_up_batch(6, step, least_support=1)
         if step == BAD and how:
-            whole = spoiled(whole, how)
+            batch = spoiled(batch, how)
         mine = range(6) if world_size == 1 else (range(4), range(4, 6))[rank]
-        parts.append(part_of(whole, mine).tensors())
+        parts.append(part_of(batch, mine).tensors())
     steps = [step for step in range(STEPS) if not (leave_out and step == BAD)]
     for step in steps:
         loop.step(parts[step], step, parts[step + 1] if ahead and step + 1 in steps else None)
     state = distributed.state_dict() | optimizer.state_dict()
-    plain = {n: (v.full_tensor() if isinstance(v, DTensor) else v.detach()).clone() for n, v in state.items()}
+    plain = {n: whole(v.detach()) for n, v in state.items()}
     return plain, guard.first_bad(), list(guard.skipped.steps), guard.state()
 
 

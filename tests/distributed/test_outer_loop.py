@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gradients import whole
 from meta_reference import made_up_batch, part_of, schema
 from ranks import run_ranks
-from torch.distributed.tensor import DTensor
 
 from metatrain.config import Config
 from metatrain.model.build import build_model
@@ -31,14 +31,14 @@ def trained_on_rank(rank: int, world_size: int, ahead: bool) -> dict[str, torch.
     loop = OuterLoop(distributed, optimizer, CONFIG, STEPS, world_size, Laps())
     parts = []
     for step in range(STEPS):
-        whole = made_up_batch(6, step)
+        batch = made_up_batch(6, step)
         edge = 6 if step == 2 else 4
         mine = range(6) if world_size == 1 else (range(edge), range(edge, 6))[rank]
-        parts.append(part_of(whole, mine).tensors())
+        parts.append(part_of(batch, mine).tensors())
     for step, part in enumerate(parts):
         loop.step(part, step, parts[step + 1] if ahead and step + 1 < STEPS else None)
     state = distributed.state_dict() | optimizer.state_dict()
-    return {n: (v.full_tensor() if isinstance(v, DTensor) else v.detach()).clone() for n, v in state.items()}
+    return {n: whole(v.detach()) for n, v in state.items()}
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

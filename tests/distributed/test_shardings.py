@@ -18,6 +18,7 @@ from test_tables_sharded import SPECS, Weighted, states_of, trained_by_hand
 
 from metatrain.checkpoint import read_tensors
 from metatrain.config import Config, OptimizerConfig, TableConfig
+from metatrain.errors import CheckpointError
 from metatrain.model.build import build_model
 from metatrain.model.choices import TableSpec
 from metatrain.model.sharding import Distributed, distribute
@@ -185,6 +186,21 @@ def whole_state_on_rank(rank: int, world_size: int, shardings: dict[str, str]) -
 @pytest.mark.parametrize("name", ["table_wise", "column_wise", "data_parallel", "mixed"])
 def test_a_whole_state_loads_into_every_sharding(name: str) -> None:
     assert all(run_ranks(whole_state_on_rank, 2, SHARDINGS[name]))
+
+
+def placed_otherwise_on_rank(rank: int, world_size: int) -> None:
+    rows, columns = (
+        distribute(
+            Weighted(True, "meta"), OptimizerConfig(table="sgd"), plan=plan_of(SPECS, {"*": kind}, "sgd", world_size)
+        )
+        for kind in ("row_wise", "column_wise")
+    )
+    with pytest.raises(CheckpointError, match=r"Shard\(dim=0\) on ranks \[0\], not Shard\(dim=0\) on ranks \[0, 1\]"):
+        rows.load_state_dict(columns.state_dict())
+
+
+def test_a_state_that_is_placed_otherwise_is_refused() -> None:
+    run_ranks(placed_otherwise_on_rank, 2)
 
 
 def saved_on_rank(rank: int, world_size: int, run: str, shardings: dict[str, str]) -> list[dict[str, torch.Tensor]]:

@@ -146,9 +146,7 @@ def trained_here(config: Config) -> tuple[list[float], dict[str, torch.Tensor]]:
             output = loop.step(batch, total).output
             losses.append(float(output.after) / output.tasks)
         state = run_state(distributed, optimizer)
-        return losses, {
-            n: (v.full_tensor() if isinstance(v, DTensor) else v).detach().clone() for n, v in state.items()
-        }
+        return losses, {n: (v.to_local() if isinstance(v, DTensor) else v).detach().clone() for n, v in state.items()}
     finally:
         dist.destroy_process_group()
 
