@@ -175,7 +175,7 @@ class Distributed:
                 raise CheckpointError(
                     "The state is placed otherwise.",
                     where=name,
-                    got="{} on ranks {}, not {} on ranks {}".format(*_placed(value), *_placed(target)),
+                    got="{!r} on ranks {}, not {!r} on ranks {}".format(*_placed(value), *_placed(target)),
                     remedy="Give the table whole, as a plain tensor, or save it and load the checkpoint.",
                 )
             local = target.to_local()
