@@ -51,9 +51,9 @@ template <typename Work>
 void in_threads(int64_t threads, int64_t numbers, const Work &work) {
     threads = std::max<int64_t>(1, std::min(threads, numbers / WORTH_A_THREAD));
     std::vector<std::thread> others;
-    others.reserve(threads);
     int64_t own = 1;  // from here on parts are left to this thread
     try {
+        others.reserve(threads);
         for (; own < threads; ++own) others.emplace_back([&, own] { work(own, threads); });
     } catch (const std::exception &) {
         // No more threads are to be had: slower, and the same.
@@ -84,6 +84,8 @@ void add(const Places &all, int64_t width, int64_t part, int64_t parts) {
     const float *from = all.values;
     for (int64_t t = 0; t < all.count; ++t) {
         const Table &table = all.tables[t];
+        if (t) from += all.tables[t - 1].width;
+        if (!table.count) continue;
         const int64_t first = part * table.count / parts, own = (part + 1) * table.count / parts - first;
         for (int64_t p = 0; p < all.places; ++p) {
             const int64_t row = all.present[p] ? table.index[p] - first : -1;
@@ -92,7 +94,6 @@ void add(const Places &all, int64_t width, int64_t part, int64_t parts) {
             const float *value = from + p * width;
             for (int64_t i = 0; i < table.width; ++i) to[i] += value[i];
         }
-        from += table.width;
     }
 }
 

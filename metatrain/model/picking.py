@@ -55,12 +55,13 @@ def side_by_side(
     Raises:
         IndexError: A place that is present has an index outside of its table.
     """
-    if all(table.dtype is torch.float32 and table.device.type == "cpu" for table in tables) and kernels() is not None:
+    served = all(table.dtype is torch.float32 for table in tables) and present.dtype is torch.bool
+    if served and all(t.device.type == "cpu" for t in (present, *indices, *tables)) and kernels() is not None:
         given = [index.to(torch.int64).contiguous() for index in indices]
         return list(_Pick.apply(tuple(sizes), present.contiguous(), len(tables), *given, *tables))
     mask = present.unsqueeze(-1)
     parts = [picked(table, torch.where(present, index, 0)) for table, index in zip(tables, indices, strict=True)]
-    return list((torch.cat(parts, dim=-1) * mask.to(parts[0].dtype)).split(list(sizes)))
+    return list(torch.cat(parts, dim=-1).masked_fill(~mask, 0).split(list(sizes)))
 
 
 class _TABLE(ctypes.Structure):
@@ -92,8 +93,11 @@ class _Pick(Function):
     @staticmethod
     def backward(ctx: Any, *d_pieces: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         present, *indices = ctx.saved_tensors
-        found = _Add.apply(ctx.sizes, present, ctx.shapes, len(indices), *indices, *d_pieces)
-        return None, None, None, *[None] * len(indices), *found
+        wanted = ctx.needs_input_grad[-len(indices) :]
+        # For the others: tables without rows, to which nothing is added.
+        shapes = [shape if w else torch.Size((0, shape[1])) for shape, w in zip(ctx.shapes, wanted, strict=True)]
+        found = _Add.apply(ctx.sizes, present, shapes, len(indices), *indices, *d_pieces)
+        return None, None, None, *[None] * len(indices), *(f if w else None for f, w in zip(found, wanted, strict=True))
 
 
 class _Add(Function):

@@ -159,7 +159,7 @@ class Distributed:
                 got=", ".join(sorted(state.keys() ^ own.keys())[:8]),
                 remedy="Use the configuration and dataset that the checkpoint was trained with.",
             )
-        for name, target in own.items():
+        for name, target in own.items():  # all of them, before any is copied
             value = state[name]
             if value.shape != target.shape:
                 raise CheckpointError(
@@ -168,16 +168,18 @@ class Distributed:
                     got=f"{tuple(value.shape)}, not {tuple(target.shape)}",
                     remedy="Use the configuration and dataset that the checkpoint was trained with.",
                 )
-            if not isinstance(target, DTensor):
-                target.copy_(value)
-                continue
-            if isinstance(value, DTensor) and _placed(value) != _placed(target):
+            if isinstance(target, DTensor) and isinstance(value, DTensor) and _placed(value) != _placed(target):
                 raise CheckpointError(
                     "The state is placed otherwise.",
                     where=name,
                     got="{!r} on ranks {}, not {!r} on ranks {}".format(*_placed(value), *_placed(target)),
                     remedy="Give the table whole, as a plain tensor, or save it and load the checkpoint.",
                 )
+        for name, target in own.items():
+            value = state[name]
+            if not isinstance(target, DTensor):
+                target.copy_(value)
+                continue
             local = target.to_local()
             if not local.numel():
                 continue

@@ -21,12 +21,21 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives
+import torch.distributed._functional_collectives as functional
 import torch.multiprocessing as mp
-from torch.distributed.tensor import DTensor
 
 # A process that others are forked from should have one thread; pyarrow's allocator would start another.
 os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")
+
+
+#: Collectives (DTensors gather by the first) whose names in gloo have more than 15 characters: see `_refused`.
+_LONG_NAMES = (
+    "all_gather_single",
+    "all_gather_single_coalesced",
+    "reduce_scatter_single",
+    "reduce_scatter_single_coalesced",
+    "all_reduce_coalesced",
+)
 
 
 class RankError(AssertionError):
@@ -85,8 +94,9 @@ def _rank(
     function: Callable[..., Any], rank: int, world_size: int, folder: str, seconds: float, args: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)
-    DTensor.full_tensor = _refused
-    dist._functional_collectives.all_gather_tensor = _refused
+    for name in _LONG_NAMES:
+        assert hasattr(functional, name)
+        setattr(functional, name, _refused)
     # A rank that hangs tells where, a little before the parent's patience ends.
     faulthandler.dump_traceback_later(0.9 * seconds, file=open(Path(folder, f"{rank}.doing"), "w"))  # noqa: SIM115
     try:

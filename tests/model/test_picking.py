@@ -63,8 +63,32 @@ def test_the_kernel_gives_what_torch_gives(case: tuple[list[Tensor], list[Tensor
 
 def test_what_is_not_contiguous_is_read_as_it_stands() -> None:
     table, wide = torch.randn(6, 10)[:, ::2], torch.randn(5, 4).t().contiguous().t()
-    indices, present = [torch.tensor([5, 0, 9, 3])[::2] % 6, torch.tensor([1, 4])], torch.tensor([True, True])
+    indices, present = [torch.tensor([5, 0, 2, 3])[::2], torch.tensor([1, 4])], torch.tensor([True, False, True])[::2]
+    assert not any(tensor.is_contiguous() for tensor in (table, wide, indices[0], present))
     assert torch.equal(picked([table, wide], indices, present), by_torch([table, wide], indices, present))
+
+
+def test_what_is_not_finite_shows_in_its_places_alone() -> None:
+    indices, present = [torch.tensor([1, 0, 2])], torch.tensor([True, False, True])
+    for pick in (picked, by_torch):
+        table = torch.tensor([[torch.nan], [1.0], [-2.0]], requires_grad=True)
+        values = pick([table], indices, present)
+        assert values.flatten().tolist() == [1.0, 0.0, -2.0]
+        assert not torch.signbit(values[1])
+        (gradient,) = torch.autograd.grad(values, table, torch.tensor([[1.0], [torch.nan], [3.0]]))
+        assert gradient.flatten().tolist() == [0.0, 1.0, 3.0]
+
+
+def test_a_table_that_needs_no_gradient_has_none() -> None:
+    tables = [torch.randn(4, 3, requires_grad=True), torch.randn(5, 2), torch.randn(6, 1, requires_grad=True)]
+    indices = [torch.tensor([3, 1]), torch.tensor([0, 4]), torch.tensor([5, 5])]
+    values = picked(tables, indices, torch.tensor([True, True]))
+    first = torch.autograd.grad(values.square().sum(), [tables[0], tables[2]], create_graph=True)
+    assert first[0][3].tolist() == (2 * tables[0][3]).tolist()
+    assert first[1][5].tolist() == (4 * tables[2][5]).tolist()
+    second = torch.autograd.grad(sum(g.sum() for g in first), [tables[0], tables[2]])
+    assert second[0].sum(1).tolist() == [0.0, 6.0, 0.0, 6.0]
+    assert second[1].flatten().tolist() == [0.0, 0.0, 0.0, 0.0, 0.0, 4.0]
 
 
 def large() -> tuple[list[Tensor], list[Tensor], Tensor]:
