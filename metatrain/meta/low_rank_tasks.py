@@ -1,8 +1,8 @@
 """The low-rank query loss task by task, by kernels of our own: see `low_rank_translate` for how they get their program.
 
 Promises: the results of `low_rank_chunks` up to rounding. As many threads as torch uses take blocks of tasks as they
-come to them, and gradients are added up in the order of the blocks, whose number depends on that of threads alone: one
-number of threads gives one result. The interpreter is free while the kernels run.
+come to them, and gradients are added up in the order of the blocks, whose number the batch and that of threads decide:
+one number of threads gives one result. The interpreter is free while the kernels run.
 """
 
 from __future__ import annotations
