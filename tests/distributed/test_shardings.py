@@ -188,7 +188,8 @@ def test_a_whole_state_loads_into_every_sharding(name: str) -> None:
     assert all(run_ranks(whole_state_on_rank, 2, SHARDINGS[name]))
 
 
-def placed_otherwise_on_rank(rank: int, world_size: int) -> None:
+def placed_otherwise_on_rank(rank: int, world_size: int) -> bool:
+    """Whether the state that was refused has changed nothing."""
     rows, columns = (
         distribute(
             Weighted(True, "meta"), OptimizerConfig(table="sgd"), plan=plan_of(SPECS, {"*": kind}, "sgd", world_size)
@@ -196,11 +197,13 @@ def placed_otherwise_on_rank(rank: int, world_size: int) -> None:
         for kind in ("row_wise", "column_wise")
     )
     with pytest.raises(CheckpointError, match=r"Shard\(dim=0\) on ranks \[0\], not Shard\(dim=0\) on ranks \[0, 1\]"):
-        rows.load_state_dict(columns.state_dict())
+        rows.load_state_dict({name: value + 1 for name, value in columns.state_dict().items()})
+    untouched = distribute(Weighted(True, "meta"), OptimizerConfig(table="sgd")).state_dict()
+    return all(torch.equal(whole(value), whole(untouched[name])) for name, value in rows.state_dict().items())
 
 
 def test_a_state_that_is_placed_otherwise_is_refused() -> None:
-    run_ranks(placed_otherwise_on_rank, 2)
+    assert all(run_ranks(placed_otherwise_on_rank, 2))
 
 
 def saved_on_rank(rank: int, world_size: int, run: str, shardings: dict[str, str]) -> list[dict[str, torch.Tensor]]:
